@@ -1,0 +1,57 @@
+PYTHON ?= python3
+VENV ?= .venv
+FLOORS_VENV ?= .venv-floors
+
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+SOAK_TIMEOUT ?= 7200
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format soak floors bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## the virtual environment all other targets use
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) --editable '.[webserver,test,lint]'
+	touch $@
+
+test: venv ## everything but the soak tests, with coverage
+	$(BIN)/python -m pytest --cov $(if $(ARGS),--cov-fail-under=0) $(ARGS)
+
+lint: venv ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv ## let ruff fix what it can
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+soak: venv floors ## the long tests, and the lowest versions of the dependencies
+	$(BIN)/python -m pytest -m soak --timeout=$(SOAK_TIMEOUT) $(ARGS)
+
+floors: $(FLOORS_VENV)/.installed ## the unit tests on the lowest version of every dependency
+	$(FLOORS_VENV)/bin/python -m pytest -m 'not soak and not servers and not daemon and not crash' $(ARGS)
+
+$(FLOORS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(FLOORS_VENV)
+	$(FLOORS_VENV)/bin/python $(PIP_INSTALL) uv
+	$(FLOORS_VENV)/bin/uv pip install --quiet --python $(FLOORS_VENV)/bin/python \
+		--resolution lowest-direct --editable '.[test]'
+	touch $@
+
+bench: $(VENV)/.bench-installed ## side by side with peers, one table
+	$(BIN)/python -m benchmarks $(ARGS)
+
+$(VENV)/.bench-installed: $(VENV)/.installed
+	$(BIN)/python $(PIP_INSTALL) --editable '.[bench]'
+	touch $@
+
+clean: ## remove all that the targets made
+	rm -rf $(VENV) $(FLOORS_VENV) dist build .coverage .coverage.* htmlcov \
+		.hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,103 @@
+"""The patterns of distributed jobs, as a Dagster package: event streams and their consumers, exactly accounted for.
+
+The names below are the public API, together with `djp_dagster.testing`. They load on first use, so that importing the
+package costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from djp_dagster._version import __version__
+
+if TYPE_CHECKING:
+    from djp_dagster.claim_check.stores import LocalPayloadStore, PayloadStore
+    from djp_dagster.errors import DjpError, TerminalError, TransientError
+    from djp_dagster.events import Event
+    from djp_dagster.patterns.streaming import build_stream_asset, build_stream_sensor
+    from djp_dagster.processing.batch import Batch
+    from djp_dagster.processing.consumer import Consumer, consumer
+    from djp_dagster.processing.failures import RetryPolicy
+    from djp_dagster.processing.processor import BatchReport
+    from djp_dagster.processing.redrive import redrive, request_redrive
+    from djp_dagster.processing.run import RunReport, run_pending
+    from djp_dagster.processing.threshold import Threshold
+    from djp_dagster.processing.worker import Worker
+    from djp_dagster.resources import SqlEventStream
+    from djp_dagster.streams.publishing import Producer
+    from djp_dagster.streams.records import Record, TopicPartition
+    from djp_dagster.streams.stream import EventStream, open_stream
+    from djp_dagster.streams.topics import Topic
+
+_HOMES = {
+    "Batch": "processing.batch",
+    "BatchReport": "processing.processor",
+    "Consumer": "processing.consumer",
+    "DjpError": "errors",
+    "Event": "events",
+    "EventStream": "streams.stream",
+    "LocalPayloadStore": "claim_check.stores",
+    "PayloadStore": "claim_check.stores",
+    "Producer": "streams.publishing",
+    "Record": "streams.records",
+    "RetryPolicy": "processing.failures",
+    "RunReport": "processing.run",
+    "SqlEventStream": "resources",
+    "TerminalError": "errors",
+    "Threshold": "processing.threshold",
+    "Topic": "streams.topics",
+    "TopicPartition": "streams.records",
+    "TransientError": "errors",
+    "Worker": "processing.worker",
+    "build_stream_asset": "patterns.streaming",
+    "build_stream_sensor": "patterns.streaming",
+    "consumer": "processing.consumer",
+    "errors": "",
+    "open_stream": "streams.stream",
+    "redrive": "processing.redrive",
+    "request_redrive": "processing.redrive",
+    "run_pending": "processing.run",
+    "testing": "",
+}
+
+__all__ = [
+    "Batch",
+    "BatchReport",
+    "Consumer",
+    "DjpError",
+    "Event",
+    "EventStream",
+    "LocalPayloadStore",
+    "PayloadStore",
+    "Producer",
+    "Record",
+    "RetryPolicy",
+    "RunReport",
+    "SqlEventStream",
+    "TerminalError",
+    "Threshold",
+    "Topic",
+    "TopicPartition",
+    "TransientError",
+    "Worker",
+    "__version__",
+    "build_stream_asset",
+    "build_stream_sensor",
+    "consumer",
+    "open_stream",
+    "redrive",
+    "request_redrive",
+    "run_pending",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{home}" if home else f"{__name__}.{name}")
+    value = globals()[name] = getattr(module, name) if home else module
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,1 @@
+"""Payload stores: where what is too heavy for the stream lies."""

@@ -1,0 +1,213 @@
+"""Every error of this package, in one tree.
+
+.. code-block:: text
+
+    DjpError
+    ├── TransientError                  trying again later may succeed; nothing was lost
+    │   ├── StreamUnavailableError      the database is away, or the connection broke
+    │   ├── StreamBusyError             a lock was not granted in time
+    │   ├── StreamFullError             no space left where the stream lies
+    │   ├── AmbiguousPublishError       the connection broke during COMMIT of an unnamed publish
+    │   ├── LeaseBusyError              somebody else holds a task of the group
+    │   ├── FencedError                 the lease was lost; somebody else continues
+    │   ├── RetriesExhaustedError       a transient failure outlived its retry budget
+    │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
+    └── TerminalError                   trying again cannot help; the cause must change
+        ├── InvalidSettingError         a wrong argument or declaration
+        ├── InvalidEventError           not a CloudEvents 1.0 event
+        ├── MissingKeyError             an event without the key of its topic
+        ├── EventTooLargeError          an event above its topic's limit
+        ├── CommitTooLargeError         a batch emitted more than one commit may carry
+        ├── UndecodableRecordError      stored bytes that are no event
+        ├── TableSchemaError            values of one field that no column can hold
+        ├── UnknownTopicError, UnknownGroupError, UnknownDeadLetterError
+        ├── TopicMismatchError          declared otherwise than it was created
+        ├── GroupMismatchError          likewise, of a consumer group
+        ├── ProducerFencedError         a newer producer of the same name has opened
+        ├── OffsetOutOfRangeError       a position below retention, or past the end
+        ├── StreamNotWritableError      no permission, or a read-only place
+        ├── StreamCorruptError          the file is damaged or truncated
+        ├── StreamFormatError           written by another format version, or no stream at all
+        ├── StreamReplacedError         another stream lies where this one was
+        ├── PoisonBlockedError          a poison record in a group that must not skip
+        ├── RedriveFailedError          a dead letter failed again; it stays pending
+        ├── SystemicFailureError        more poison than ``max_poison``
+        ├── StateMismatchError          local state that does not continue its changelog
+        └── PayloadError
+            ├── PayloadMissingError     a reference to bytes that are not there
+            └── PayloadCorruptError     bytes that do not match their reference
+
+Every error carries ``facts``, the names and values it speaks of, and survives pickling, because exceptions cross
+process borders in Dagster. A handler may raise `TransientError` or `TerminalError` itself to decide its own fate.
+"""
+
+from typing import Any
+
+
+class DjpError(Exception):
+    """Root of the tree; catch it to catch everything this package raises on purpose.
+
+    Args:
+        message: what happened, to which thing, with which value, and what to do about it.
+        **facts: the names and values the message speaks of, for programs.
+
+    Example:
+        >>> error = UnknownTopicError("topic 'clicks' does not exist", topic="clicks")
+        >>> error.facts["topic"], error.transient
+        ('clicks', False)
+    """
+
+    transient: bool = False
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.facts)
+
+
+def _rebuild(kind: type[DjpError], args: tuple[str], facts: dict[str, Any]) -> DjpError:
+    return kind(*args, **facts)
+
+
+class TransientError(DjpError):
+    """Trying again later may succeed. Moves no offset and dead-letters nothing."""
+
+    transient = True
+
+
+class TerminalError(DjpError):
+    """Trying again cannot help: the input, the code or the configuration must change first."""
+
+
+class StreamUnavailableError(TransientError):
+    """The stream's database cannot be reached, or the connection to it broke."""
+
+
+class StreamBusyError(TransientError):
+    """The database did not grant a lock in time."""
+
+
+class StreamFullError(TransientError):
+    """No space is left where the stream lies; nothing of the refused write is visible."""
+
+
+class AmbiguousPublishError(TransientError):
+    """An unnamed publish lost its connection during COMMIT: its events are there once, or not at all."""
+
+
+class LeaseBusyError(TransientError):
+    """A task of the group is leased by somebody else, named in ``facts["holder"]``."""
+
+
+class FencedError(TransientError):
+    """The lease was lost to somebody else; nothing of this attempt was committed, and nothing must be reported."""
+
+
+class RetriesExhaustedError(TransientError):
+    """A transient failure outlived the consumer's retry budget; the offsets stay and the next run starts afresh."""
+
+
+class DeadlineOvertakenError(TransientError):
+    """An input holds an unread record stamped before a fired deadline; the batch must be cut longer."""
+
+
+class InvalidSettingError(TerminalError):
+    """An argument, setting or declaration is wrong."""
+
+
+class InvalidEventError(TerminalError):
+    """Not a CloudEvents 1.0 event; ``facts["attribute"]`` names what is wrong."""
+
+
+class MissingKeyError(TerminalError):
+    """An event lacks the key its topic is partitioned by, or the key is neither a string nor an integer."""
+
+
+class EventTooLargeError(TerminalError):
+    """An encoded event is above its topic's ``max_event_bytes``."""
+
+
+class CommitTooLargeError(TerminalError):
+    """A batch emitted (or changed in state) more bytes than one commit may carry."""
+
+
+class UndecodableRecordError(TerminalError):
+    """The stored bytes of a record are no event; the record goes to the dead letters, its neighbours do not."""
+
+
+class TableSchemaError(TerminalError):
+    """The values of a field are of types that no Arrow column can hold together."""
+
+
+class UnknownTopicError(TerminalError):
+    """No topic of that name exists in the stream."""
+
+
+class UnknownGroupError(TerminalError):
+    """No consumer group of that name exists in the stream."""
+
+
+class UnknownDeadLetterError(TerminalError):
+    """No dead letter of that number awaits what was asked for it."""
+
+
+class TopicMismatchError(TerminalError):
+    """A topic is declared otherwise than it was created."""
+
+
+class GroupMismatchError(TerminalError):
+    """A consumer group is declared otherwise than it was created."""
+
+
+class ProducerFencedError(TerminalError):
+    """A newer producer of the same name has opened; this one must not publish any more."""
+
+
+class OffsetOutOfRangeError(TerminalError):
+    """A position below retention, or past the end; ``facts`` name the lost or impossible range."""
+
+
+class StreamNotWritableError(TerminalError):
+    """The stream's place cannot be written: no permission, a read-only file system, or no such folder."""
+
+
+class StreamCorruptError(TerminalError):
+    """The stream's file is damaged or truncated."""
+
+
+class StreamFormatError(TerminalError):
+    """The file is no stream, or was written in a format version this release cannot use."""
+
+
+class StreamReplacedError(TerminalError):
+    """Another stream lies where this one was when it was opened."""
+
+
+class PoisonBlockedError(TerminalError):
+    """A poison record stands at the head of a group whose order must be kept at all cost."""
+
+
+class RedriveFailedError(TerminalError):
+    """A dead letter failed again when it was redriven; it stays pending, with the new error."""
+
+
+class SystemicFailureError(TerminalError):
+    """More records of a batch fail than ``max_poison``: the code or a dependency is at fault, not the data."""
+
+
+class StateMismatchError(TerminalError):
+    """A task's local state does not continue its changelog; it must be discarded and restored."""
+
+
+class PayloadError(TerminalError):
+    """A payload cannot be had as its reference promises."""
+
+
+class PayloadMissingError(PayloadError):
+    """The referenced payload is not in the store."""
+
+
+class PayloadCorruptError(PayloadError):
+    """The stored bytes differ in size or hash from their reference."""

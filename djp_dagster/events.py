@@ -1,0 +1,242 @@
+"""`Event`: the CloudEvents 1.0 event, as cheap as a tuple, and its JSON codec.
+
+Inside the stream an event is a MessagePack array (see `djp_dagster.streams.codec`); at the edges it is CloudEvents JSON
+in structured mode, equal to what the official SDK reads and writes.
+
+Source of the format: CloudEvents 1.0.2, "JSON Event Format for CloudEvents".
+"""
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from itertools import count
+from typing import Any, cast
+
+import msgspec
+
+from djp_dagster.errors import InvalidEventError
+
+SPECVERSION = "1.0"
+_ATTRIBUTES = ("id", "source", "type", "time", "subject", "datacontenttype", "dataschema")
+_RESERVED = frozenset((*_ATTRIBUTES, "specversion", "data", "data_base64"))
+_EXTENSION_NAME = re.compile(r"[a-z0-9]{1,20}")
+_JSON_MEDIA_TYPE = re.compile(r"(application|text)/([A-Za-z0-9.\-]+\+)?json\s*(;.*)?", re.IGNORECASE)
+
+_decode_json = msgspec.json.Decoder().decode
+_encode_json = msgspec.json.Encoder().encode
+_parse_time = msgspec.json.Decoder(datetime).decode
+
+
+class _Ids:
+    """Ids unique per process and call: a random prefix, then a counter. Forked children draw their own prefix."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.prefix = os.urandom(9).hex() + "-"
+        self.next = count().__next__
+
+    def __call__(self) -> str:
+        return f"{self.prefix}{self.next():x}"
+
+
+_ids = _Ids()
+
+
+def has_generated_id(event: "Event") -> bool:
+    """Whether this process chose the event's id because its maker gave none (emits then get a derived one)."""
+    return event.id.startswith(_ids.prefix)
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """A CloudEvents 1.0 event.
+
+    Immutable and validated when made. ``data`` is a JSON value or ``bytes``; it is shared, not copied, so do not change
+    it after publishing. Cyclic ``data`` cannot be encoded and is never collected.
+
+    Args:
+        type: what happened, e.g. ``"com.example.order.placed"``.
+        source: who says so, a URI reference; ``source`` and ``id`` together are unique.
+        data: a JSON value, ``bytes``, or nothing.
+        id: made up when not given; an event emitted by a handler then gets one derived from its cause instead.
+        time: when it happened, with a time zone.
+        subject, datacontenttype, dataschema: the attributes of that name.
+        ext: extension attributes: lower-case alphanumeric names; strings, integers (32 bit) or booleans.
+
+    Raises:
+        InvalidEventError: naming the attribute, its value and what is allowed.
+
+    Example:
+        >>> event = Event(type="clicked", source="/shop", data={"user_id": "u1"}, id="1")
+        >>> Event.from_json(event.to_json()) == event
+        True
+    """
+
+    id: str = msgspec.field(default_factory=_ids)
+    source: str
+    type: str
+    data: Any = None
+    time: datetime | None = None
+    subject: str | None = None
+    datacontenttype: str | None = None
+    dataschema: str | None = None
+    ext: Mapping[str, str | int | bool] | None = None
+
+    def __post_init__(self) -> None:
+        # One expression for the common case: this runs for every event a process makes.
+        if (
+            self.id
+            and self.source
+            and self.type
+            and type(self.id) is type(self.source) is type(self.type) is str
+            and self.time is self.subject is self.datacontenttype is self.dataschema is self.ext is None
+        ):
+            return
+        _validate(self)
+
+    @property
+    def event_time(self) -> datetime | None:
+        """When it happened: ``time``; a `Record` falls back to its append time."""
+        return self.time
+
+    def replace(self, **attributes: Any) -> "Event":
+        """A validated copy with other ``attributes``.
+
+        Example:
+            >>> Event(type="t", source="/s", id="1").replace(subject="user/1").subject
+            'user/1'
+        """
+        return cast(Event, msgspec.structs.replace(self, **attributes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The structured-mode JSON object: attributes and extensions beside ``data`` or ``data_base64``."""
+        out: dict[str, Any] = {"specversion": SPECVERSION}
+        for name in _ATTRIBUTES:
+            value = getattr(self, name)
+            if value is not None:
+                out[name] = value
+        out.update(self.ext or {})
+        if isinstance(self.data, bytes):
+            out["data_base64"] = base64.b64encode(self.data).decode()
+        elif self.data is not None:
+            out["data"] = self.data
+        return out
+
+    def to_json(self) -> bytes:
+        """CloudEvents JSON, structured mode.
+
+        Raises:
+            InvalidEventError: ``data`` is no JSON value.
+        """
+        try:
+            return _encode_json(self.to_dict())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _invalid("data", type(self.data).__name__, f"must be a JSON value or bytes ({error})") from error
+
+    @staticmethod
+    def from_dict(document: Mapping[str, Any]) -> "Event":
+        """The event of a structured-mode JSON object.
+
+        Raises:
+            InvalidEventError: naming the attribute that is missing, of the wrong type, or not allowed.
+        """
+        version = document.get("specversion")
+        if version != SPECVERSION:
+            raise _invalid("specversion", version, "must be '1.0'")
+        for name in ("id", "source", "type"):
+            if name not in document:
+                raise _invalid(name, None, "is required")
+        known = {name: document[name] for name in _ATTRIBUTES if document.get(name) is not None}
+        if isinstance(known.get("time"), str):
+            known["time"] = _time_from_text(known["time"])
+        ext = {name: value for name, value in document.items() if name not in _RESERVED and value is not None}
+        return Event(data=_data_from(document), ext=ext or None, **known)
+
+    @staticmethod
+    def from_json(document: bytes | str) -> "Event":
+        """The event of a CloudEvents JSON document.
+
+        Raises:
+            InvalidEventError: the document is no JSON object, or an attribute is wrong.
+        """
+        try:
+            parsed = _decode_json(document)
+        except msgspec.DecodeError as error:
+            raise InvalidEventError(f"not a JSON document: {error}", attribute=None) from error
+        if not isinstance(parsed, dict):
+            raise InvalidEventError(f"an event is a JSON object, not {type(parsed).__name__}", attribute=None)
+        return Event.from_dict(parsed)
+
+
+def _invalid(attribute: str, value: object, rule: str) -> InvalidEventError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return InvalidEventError(f"event attribute {attribute!r} {rule}; got {shown}", attribute=attribute)
+
+
+def _validate(event: Event) -> None:
+    for name in ("id", "source", "type"):
+        _require_text(name, getattr(event, name))
+    for name in ("subject", "datacontenttype", "dataschema"):
+        if getattr(event, name) is not None:
+            _require_text(name, getattr(event, name))
+    if event.time is not None:
+        if not isinstance(event.time, datetime):
+            raise _invalid("time", event.time, "must be a datetime")
+        if event.time.tzinfo is None:
+            raise _invalid("time", event.time, "must have a time zone, e.g. datetime.now(timezone.utc)")
+    if event.ext is not None:
+        _validate_extensions(event.ext)
+
+
+def _require_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise _invalid(name, value, "must be a non-empty string")
+
+
+def _validate_extensions(ext: Mapping[str, Any]) -> None:
+    if not isinstance(ext, Mapping):
+        raise _invalid("ext", ext, "must be a mapping of extension attributes")
+    for name, value in ext.items():
+        if not isinstance(name, str) or not _EXTENSION_NAME.fullmatch(name):
+            raise _invalid(str(name), value, "is no extension name: 1 to 20 characters, a-z and 0-9")
+        if name in _RESERVED:
+            raise _invalid(name, value, "is an attribute of its own, not an extension")
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            raise _invalid(name, value, "must fit 32 bits; send larger numbers as a string")
+        if not isinstance(value, str | int):
+            raise _invalid(name, value, "must be a string, an integer or a boolean")
+
+
+def _time_from_text(text: str) -> datetime:
+    try:
+        return _parse_time(_encode_json(text))
+    except msgspec.DecodeError as error:
+        raise _invalid("time", text, "must be an RFC 3339 time") from error
+
+
+def _data_from(document: Mapping[str, Any]) -> Any:
+    encoded = document.get("data_base64")
+    if encoded is None:
+        return document.get("data")
+    if document.get("data") is not None:
+        raise _invalid("data_base64", "...", "must not stand beside 'data'")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise _invalid("data_base64", encoded, "must be base64") from error
+
+
+def is_json_media_type(datacontenttype: str | None) -> bool:
+    """Whether ``data`` of that media type is JSON; nothing stated means JSON."""
+    return datacontenttype is None or bool(_JSON_MEDIA_TYPE.fullmatch(datacontenttype))
+
+
+def utc_now() -> datetime:
+    """Now, in UTC."""
+    return datetime.now(timezone.utc)

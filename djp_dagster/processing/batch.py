@@ -1,0 +1,247 @@
+"""`Batch`: the records a handler gets, and the effects it may have."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from djp_dagster.errors import InvalidSettingError, PoisonBlockedError, SystemicFailureError
+from djp_dagster.events import Event
+from djp_dagster.processing.crash_points import reach
+from djp_dagster.processing.effects import Effects, Position
+from djp_dagster.processing.failures import describe
+from djp_dagster.processing.tables import RowCollector
+from djp_dagster.streams.contracts import Deadline, EventLog, Intent, Poison, Range, TopicInfo
+from djp_dagster.streams.records import Record, Undecodable, decode_records, to_micros
+from djp_dagster.streams.topics import Topic, key_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from djp_dagster.state.store import TaskState
+
+_READ_BYTES = 4 << 20
+handler_log = logging.getLogger("djp_dagster.handler")
+
+RecordSource = Callable[[], Iterator[tuple[list[Record], list[Undecodable]]]]
+
+
+def read_ranges(
+    log: EventLog, ranges: Sequence[Range], skip: frozenset[Position], scope: str
+) -> Iterator[tuple[list[Record], list[Undecodable]]]:
+    """The records of the ranges, one stored record batch at a time, without those in ``skip``."""
+    for part in ranges:
+        offset = part.start
+        while offset < part.end:
+            for stored in log.read(part.at, offset, end=part.end, max_bytes=_READ_BYTES):
+                records, bad = decode_records(stored, offset, part.end, scope=scope)
+                offset = stored.end_offset
+                if skip:
+                    records = [record for record in records if record.position not in skip]
+                    bad = [record for record in bad if record.position not in skip]
+                reach("3.reading")
+                yield records, bad
+
+
+class Batch:
+    """A unit of work: records of one or several partitions, handled and committed as one.
+
+    Iterating reads piece by piece, in order within each partition, and may be done again. `emit`, `fail`, state and
+    deadlines take effect with the commit, once; nothing of them is visible before, or if the handler raises.
+
+    Attributes:
+        id: the same at every attempt at these records.
+        group: the consumer group.
+        attempt: 1, 2, ...
+        fencing_token: grows whenever the work changes hands; a store that remembers the highest it has seen can refuse
+            a holder that has lost its lease.
+        reason: why the batch was cut.
+        ranges: what it covers.
+        deadlines: those that fire with this batch; see `set_deadline`.
+        is_replay: whether this is a replay, whose emits go nowhere or to a shadow topic.
+        log: a logger, usable everywhere.
+    """
+
+    is_replay = False
+
+    def __init__(
+        self,
+        intent: Intent,
+        *,
+        source: RecordSource,
+        size: int,
+        effects: Effects,
+        topics: Mapping[str, TopicInfo],
+        fencing_token: int,
+        state: "TaskState | None" = None,
+        max_poison: int = 10,
+        blocks: bool = False,
+    ) -> None:
+        self.id, self.group, self.attempt = intent.batch_id, intent.group, intent.attempt
+        self.reason, self.ranges = intent.reason, intent.ranges
+        self.deadlines: tuple[Deadline, ...] = intent.deadlines
+        self.fencing_token = fencing_token
+        self.log = handler_log
+        self.effects = effects
+        self._tasks = intent.tasks
+        self._source, self._size, self._topics = source, size, topics
+        self._state = state
+        self._max_poison, self._blocks = max_poison, blocks
+        self._current: Record | None = None
+        self.undecodable: dict[Position, Undecodable] = {}
+
+    def __len__(self) -> int:
+        """How many records it holds."""
+        return self._size
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records, in order within each partition."""
+        try:
+            for records in self.chunks():
+                for record in records:
+                    self._current = record
+                    yield record
+        finally:
+            self._current = None
+
+    def chunks(self) -> Iterator[list[Record]]:
+        """The records in lists, as they were appended: the fastest way through a batch."""
+        for records, bad in self._source():
+            if bad:
+                self._set_aside(bad)
+            if records:
+                yield records
+
+    def _set_aside(self, bad: Sequence[Undecodable]) -> None:
+        for record in bad:
+            self.undecodable[record.position] = record
+            error_type, error = "UndecodableRecordError", record.error
+            self.effects.failed[record.position] = Poison(*record.position, error_type, error)
+        if self._blocks:
+            raise PoisonBlockedError(
+                f"group {self.group!r} stops at record {bad[0].position}, which is no event: {bad[0].error}; skip it "
+                "with stream.seek, or repair it",
+                position=bad[0].position,
+            )
+        if len(self.undecodable) > self._max_poison:
+            raise SystemicFailureError(
+                f"batch {self.id} of group {self.group!r} holds {len(self.undecodable)} records that are no events, "
+                f"more than max_poison={self._max_poison}: was the stream written by something else?",
+                batch_id=self.id,
+            )
+
+    def emit(self, event: Event, *, topic: "str | Topic | None" = None, source: Record | None = None) -> None:
+        """Publish ``event`` with the commit of this batch, once.
+
+        Args:
+            event: what to publish. If its maker gave no id, it gets one derived from what caused it; if no time, that of
+                its cause.
+            topic: where to; may be left out if the consumer emits to one topic only, or the event's type is its name.
+            source: the record that caused it; the one the batch's iterator stands on unless given, else the batch.
+
+        Raises:
+            InvalidSettingError: the consumer does not declare that topic in ``emits``.
+        """
+        name = topic.name if isinstance(topic, Topic) else topic
+        self.effects.emit(event, name, source if source is not None else self._current)
+
+    def fail(self, record: Record, error: BaseException | str) -> None:
+        """Send ``record`` to the dead letters with the commit of this batch; the rest of the batch goes on.
+
+        The handler must not have any effect for a record it fails.
+        """
+        error_type, text = ("Failed", error) if isinstance(error, str) else describe(error)
+        self.effects.fail(record, error_type, text)
+
+    def set_deadline(self, key: str, at: datetime, *, source: Record | None = None) -> None:
+        """Have a later batch of the same task carry ``key`` in its ``deadlines``, not before ``at``.
+
+        It fires once everything appended up to ``at`` has been handled, after any downtime. Setting it again moves it.
+
+        Args:
+            key: what to be reminded of; one deadline per task and key.
+            at: when, with a time zone.
+            source: the record whose task it belongs to; needed only if the batch spans several tasks and is not being
+                iterated.
+        """
+        if at.tzinfo is None:
+            raise InvalidSettingError(f"deadline {key!r} at {at!r} needs a time zone", setting="at", value=at)
+        self.effects.set_deadline(self._task_of(source), key, to_micros(at))
+
+    def clear_deadline(self, key: str, *, source: Record | None = None) -> None:
+        """Forget the deadline ``key``, set or not."""
+        self.effects.set_deadline(self._task_of(source), key, None)
+
+    def _task_of(self, source: Record | None) -> int:
+        if len(self._tasks) == 1:
+            return self._tasks[0]
+        record = source if source is not None else self._current
+        if record is None:
+            raise InvalidSettingError(
+                f"a deadline belongs to a task, and batch {self.id} spans {len(self._tasks)}; set it while iterating, "
+                "or name its record: source=record",
+                setting="source",
+                value=None,
+            )
+        return record.partition
+
+    @property
+    def state(self) -> "TaskState":
+        """The task's state: get, get_many, set, delete.
+
+        Raises:
+            InvalidSettingError: the consumer was not declared ``stateful=True``.
+        """
+        if self._state is None:
+            raise InvalidSettingError(
+                f"consumer {self.group!r} uses batch.state; declare it with @consumer(stateful=True)",
+                setting="stateful",
+                value=False,
+            )
+        return self._state
+
+    def by_key(self) -> dict[str | int, list[Record]]:
+        """The records by key, each list in order; holds the whole batch in memory."""
+        keyed: dict[str | int, list[Record]] = {}
+        for records in self.chunks():
+            for record in records:
+                info = self._topics[record.topic]
+                keyed.setdefault(key_of(record, info.key, info.name), []).append(record)
+        return keyed
+
+    def to_arrow(self) -> "pa.Table":
+        """The batch as an Arrow table, whole.
+
+        Columns: ``event_id, event_source, event_type, event_time, event_subject, topic, partition, offset, append_time,
+        idempotency_key``, then the fields of ``data`` (of one name with these: ``data_<name>``; data that is no object:
+        one column ``data``).
+
+        Raises:
+            TableSchemaError: a field holds values of types that no column can hold.
+        """
+        collector = RowCollector()
+        for records in self.chunks():
+            collector.add(records)
+        return collector.table()
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The batch as a DataFrame, whole; columns as in `to_arrow`."""
+        return self.to_arrow().to_pandas()
+
+    def arrow_batches(self, *, rows: int = 65_536, schema: "pa.Schema | None" = None) -> Iterator["pa.RecordBatch"]:
+        """The batch as Arrow record batches, in memory bounded by ``rows``, however large the batch.
+
+        Args:
+            rows: at most this many rows each.
+            schema: the columns, all batches alike; those of the first ``rows`` unless given.
+
+        Raises:
+            TableSchemaError: a later piece does not fit the schema.
+        """
+        collector = RowCollector(schema)
+        for records in self.chunks():
+            for start in range(0, len(records), rows):
+                for piece in collector.add_up_to(records[start : start + rows], rows):
+                    yield from piece.to_batches()
+        yield from collector.table().to_batches()

@@ -1,0 +1,217 @@
+"""`Consumer`: what to do with a batch; and `consumer`, the decorator that makes one of a function."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from djp_dagster.errors import InvalidSettingError
+from djp_dagster.processing.failures import RetryPolicy
+from djp_dagster.processing.threshold import Threshold
+from djp_dagster.streams.contracts import GroupInfo, GroupSpec
+from djp_dagster.streams.stream import EventStream, StartPosition, parse_start
+from djp_dagster.streams.topics import Topic, check_name
+from djp_dagster.units import Size, parse_bytes
+
+Isolation = Literal["batch", "per_event"]
+OnPoison = Literal["dead_letter", "block"]
+Handler = Callable[..., Any]
+
+DEFAULT_MAX_BATCH = Threshold(events=100_000, bytes="64MiB")
+
+
+class Consumer:
+    """A handler and how to run it. Made by `consumer`; calling it calls the function.
+
+    Attributes:
+        handler: the function.
+        group: the consumer group's name.
+        topics: the topics it reads, in order.
+        emits: the topics it may emit to.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        topics: Sequence[Topic],
+        emits: Sequence[Topic],
+        group: str,
+        max_batch: Threshold,
+        stateful: bool,
+        isolate: Isolation,
+        on_poison: OnPoison,
+        max_poison: int,
+        retry: RetryPolicy,
+        start: StartPosition,
+        max_emit_bytes: int,
+        code_version: str | None,
+    ) -> None:
+        self.handler = handler
+        self.topics, self.emits = tuple(topics), tuple(emits)
+        self.group = check_name("group", group)
+        self.max_batch, self.stateful = max_batch, stateful
+        self.isolate, self.on_poison, self.max_poison = isolate, on_poison, max_poison
+        self.retry, self.start, self.max_emit_bytes = retry, start, max_emit_bytes
+        self._code_version = code_version
+        self.resource_names = _resource_names(handler)
+        self.__name__ = getattr(handler, "__name__", group)
+        self.__doc__ = handler.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handler(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Consumer({self.group!r}, topics={[topic.name for topic in self.topics]})"
+
+    @property
+    def code_version(self) -> str:
+        """What was given, else a hash of the source of the handler's module; it changes when the code does."""
+        if self._code_version is None:
+            module = inspect.getmodule(self.handler)
+            try:
+                source = inspect.getsource(module if module is not None else self.handler)
+            except (OSError, TypeError):
+                source = repr(getattr(self.handler, "__code__", self.handler))
+            self._code_version = hashlib.sha256(source.encode()).hexdigest()[:12]
+        return self._code_version
+
+    def register(self, stream: EventStream) -> GroupInfo:
+        """Make the consumer's topics and group exist in the stream; changes nothing if they do.
+
+        Raises:
+            TopicMismatchError, GroupMismatchError: they exist otherwise than declared.
+        """
+        for topic in (*self.topics, *self.emits):
+            stream.create_topic(topic)
+        return stream.coordinator.ensure_group(
+            GroupSpec(
+                name=self.group,
+                topics=tuple(topic.name for topic in self.topics),
+                start=parse_start(self.start),
+                stateful=self.stateful,
+            )
+        )
+
+    def resources_from(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The handler's resources, by parameter name.
+
+        Raises:
+            InvalidSettingError: naming those that are missing.
+        """
+        missing = [name for name in self.resource_names if name not in given]
+        if missing:
+            raise InvalidSettingError(
+                f"consumer {self.group!r} asks for the resources {missing}, which nobody gave; pass resources="
+                "{name: object}, or give the handler's parameter a default",
+                setting="resources",
+                value=missing,
+            )
+        return {name: given[name] for name in self.resource_names}
+
+
+def _resource_names(handler: Handler) -> tuple[str, ...]:
+    parameters = list(inspect.signature(handler).parameters.values())
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        raise InvalidSettingError(
+            f"handler {handler!r} must take the batch (or, isolated per event, the record) as its first parameter",
+            setting="handler",
+            value=repr(handler),
+        )
+    return tuple(
+        parameter.name
+        for parameter in parameters[1:]
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    )
+
+
+def consumer(
+    *,
+    topic: Topic | None = None,
+    topics: Sequence[Topic] = (),
+    emits: Sequence[Topic] = (),
+    group: str | None = None,
+    max_batch: Threshold = DEFAULT_MAX_BATCH,
+    stateful: bool = False,
+    isolate: Isolation = "batch",
+    on_poison: OnPoison = "dead_letter",
+    max_poison: int = 10,
+    retry: RetryPolicy = RetryPolicy(),
+    start: StartPosition = "earliest",
+    max_emit_bytes: Size = "64MiB",
+    code_version: str | None = None,
+) -> Callable[[Handler], Consumer]:
+    """Make a consumer of a function: it says what to do with a batch, others say when a batch is cut.
+
+    The function takes a `Batch`; what it emits, changes in state, fails, and returns becomes visible with the batch's
+    commit, once. What it does to the outside world may happen again: ``batch.id``, ``record.idempotency_key`` and
+    ``batch.fencing_token`` are there to make that harmless. Further parameters are resources, given by name.
+
+    Args:
+        topic, topics: what it reads; task *i* handles partition *i* of each.
+        emits: the topics it may emit to.
+        group: the consumer group; the function's name unless given.
+        max_batch: bounds every batch in events and bytes; one record at least.
+        stateful: the handler uses ``batch.state``; its batches then hold one task each.
+        isolate: ``"batch"``, or ``"per_event"`` for a function that takes one `Record` (and, if it has a parameter
+            ``batch``, the batch): a failing record is dead-lettered alone, without a search.
+        on_poison: ``"dead_letter"`` goes on without poison records; ``"block"`` stops at the first, keeping order.
+        max_poison: more poison records than this in one batch are a failure of the code, not of the data.
+        retry: patience with transient failures.
+        start: where a new group begins: ``"earliest"``, ``"latest"``, or a time.
+        max_emit_bytes: how much one commit may emit.
+        code_version: changes when the handler does; a hash of its module unless given.
+
+    Raises:
+        InvalidSettingError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> from djp_dagster import Topic, testing
+        >>> orders = Topic("orders")
+        >>> @consumer(topic=orders)
+        ... def totals(batch):
+        ...     return {"sum": sum(record.data["amount"] for record in batch)}
+        >>> testing.run_consumer(totals, [orders.event(amount=2), orders.event(amount=3)]).outputs
+        [{'sum': 5}]
+    """
+    reads = (*(() if topic is None else (topic,)), *topics)
+    _require(bool(reads), "topic", None, "name at least one topic to read")
+    _require(isolate in ("batch", "per_event"), "isolate", isolate, "use 'batch' or 'per_event'")
+    _require(on_poison in ("dead_letter", "block"), "on_poison", on_poison, "use 'dead_letter' or 'block'")
+    _require(max_poison >= 0, "max_poison", max_poison, "use 0 or more")
+    _require(
+        max_batch.max_events is not None or max_batch.max_bytes is not None,
+        "max_batch",
+        max_batch,
+        "bound it by events or bytes",
+    )
+    _require(start in ("earliest", "latest") or isinstance(start, datetime), "start", start, "see parse_start")
+
+    def decorate(handler: Handler) -> Consumer:
+        return Consumer(
+            handler,
+            topics=reads,
+            emits=emits,
+            group=group if group is not None else getattr(handler, "__name__", ""),
+            max_batch=max_batch,
+            stateful=stateful,
+            isolate=isolate,
+            on_poison=on_poison,
+            max_poison=max_poison,
+            retry=retry,
+            start=start,
+            max_emit_bytes=parse_bytes(max_emit_bytes, name="max_emit_bytes"),
+            code_version=code_version,
+        )
+
+    return decorate
+
+
+def _require(holds: bool, setting: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise InvalidSettingError(f"@consumer({setting}={value!r}): {remedy}", setting=setting, value=value)

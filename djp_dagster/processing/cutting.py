@@ -1,0 +1,117 @@
+"""Where a batch ends: exact ranges from committed offsets, bounded in events and bytes."""
+
+from collections.abc import Mapping, Sequence
+
+from djp_dagster.processing.threshold import Threshold
+from djp_dagster.streams.contracts import Deadline, EventLog, Range
+from djp_dagster.streams.records import TopicPartition
+
+
+def cut_ranges(
+    log: EventLog,
+    positions: Mapping[TopicPartition, int],
+    until: Mapping[TopicPartition, int],
+    bound: Threshold,
+) -> tuple[Range, ...]:
+    """The next batch: from ``positions`` towards ``until``, within ``bound``, one record at least.
+
+    Several partitions share the bound in proportion to what is pending in each, so they drain together.
+    """
+    ends = {at: until[at] for at, start in positions.items() if until.get(at, start) > start}
+    if not ends:
+        return ()
+    ends = _bounded_by_events(positions, ends, bound.max_events)
+    ends = _bounded_by_bytes(log, positions, ends, bound.max_bytes)
+    return tuple(Range(at.topic, at.partition, positions[at], end) for at, end in ends.items() if end > positions[at])
+
+
+def _bounded_by_events(
+    positions: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int], limit: int | None
+) -> dict[TopicPartition, int]:
+    pending = {at: end - positions[at] for at, end in ends.items()}
+    total = sum(pending.values())
+    if limit is None or total <= limit:
+        return dict(ends)
+    shares = {at: limit * count // total for at, count in pending.items()}
+    left = limit - sum(shares.values())
+    for at in sorted(pending, key=lambda at: -(limit * pending[at] % total)):
+        if left == 0:
+            break
+        shares[at] += 1
+        left -= 1
+    return {at: positions[at] + share for at, share in shares.items() if share}
+
+
+def _bounded_by_bytes(
+    log: EventLog, positions: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int], limit: int | None
+) -> dict[TopicPartition, int]:
+    if limit is None or not log.capabilities.exact_bytes:
+        return dict(ends)
+    if len(ends) == 1:
+        ((at, end),) = ends.items()
+        return {at: max(log.cut(at, positions[at], end, max_bytes=limit), positions[at] + 1)}
+    weights = {at: log.backlog({at: positions[at]}).bytes or 1 for at in ends}
+    total = sum(weights.values())
+    if total <= limit:
+        return dict(ends)
+    cut = {at: log.cut(at, positions[at], end, max_bytes=limit * weights[at] // total) for at, end in ends.items()}
+    if all(cut[at] == positions[at] for at in cut):
+        first = max(weights, key=lambda at: weights[at])
+        cut[first] = positions[first] + 1
+    return cut
+
+
+def deadlines_within(
+    log: EventLog,
+    due: Sequence[Deadline],
+    positions: Mapping[TopicPartition, int],
+    ranges: Sequence[Range],
+) -> tuple[Deadline, ...]:
+    """The due deadlines this batch may fire: those before which nothing is left unread on their task's inputs."""
+    if not due:
+        return ()
+    ends = dict(positions) | {part.at: part.end for part in ranges}
+    first_unread: dict[int, int | None] = {}
+    for at, end in ends.items():
+        stamped = log.append_time_of(at, end)
+        if stamped is not None:
+            known = first_unread.get(at.partition)
+            first_unread[at.partition] = stamped if known is None else min(known, stamped)
+    return tuple(
+        deadline
+        for deadline in due
+        if (unread := first_unread.get(deadline.task)) is None or unread > deadline.due_micros
+    )
+
+
+def nth_position(ranges: Sequence[Range], skip: frozenset[tuple[str, int, int]], index: int) -> tuple[str, int, int]:
+    """The ``index``-th position of the ranges, not counting those in ``skip``."""
+    for part, offsets in _kept(ranges, skip):
+        if index < len(offsets):
+            return (part.topic, part.partition, offsets[index])
+        index -= len(offsets)
+    raise IndexError(index)
+
+
+def prefix(ranges: Sequence[Range], skip: frozenset[tuple[str, int, int]], length: int) -> tuple[Range, ...]:
+    """The shortest beginning of the ranges with ``length`` positions not in ``skip``."""
+    taken: list[Range] = []
+    for part, offsets in _kept(ranges, skip):
+        if length <= 0:
+            break
+        if length < len(offsets):
+            taken.append(Range(part.topic, part.partition, part.start, offsets[length - 1] + 1))
+            break
+        taken.append(part)
+        length -= len(offsets)
+    return tuple(taken)
+
+
+def _kept(ranges: Sequence[Range], skip: frozenset[tuple[str, int, int]]) -> list[tuple[Range, Sequence[int]]]:
+    kept: list[tuple[Range, Sequence[int]]] = []
+    for part in ranges:
+        offsets: Sequence[int] = range(part.start, part.end)
+        if any(topic == part.topic and partition == part.partition for topic, partition, _ in skip):
+            offsets = [offset for offset in offsets if (part.topic, part.partition, offset) not in skip]
+        kept.append((part, offsets))
+    return kept

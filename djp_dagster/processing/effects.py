@@ -1,0 +1,178 @@
+"""`Effects`: what a handler wants to happen, collected in memory until the one commit."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from djp_dagster.errors import CommitTooLargeError, InvalidEventError, InvalidSettingError
+from djp_dagster.events import Event, has_generated_id
+from djp_dagster.streams.contracts import Poison
+from djp_dagster.streams.publishing import partitioner
+from djp_dagster.streams.records import EncodedBatch, Record, encode_batches
+
+if TYPE_CHECKING:
+    from djp_dagster.streams.contracts import TopicInfo
+
+Position = tuple[str, int, int]
+_as_tuple = msgspec.structs.astuple
+
+
+class EmitScope(NamedTuple):
+    """What the ids of emitted events are derived from."""
+
+    incarnation: str
+    group: str
+    batch_id: str
+
+
+class _Emits:
+    """Events for one topic, each with the record that caused it (None: the batch)."""
+
+    __slots__ = ("causes", "events", "topic")
+
+    def __init__(self, topic: "TopicInfo") -> None:
+        self.topic = topic
+        self.events: list[Event] = []
+        self.causes: list[Record | None] = []
+
+
+class Effects:
+    """Emits, failed records and deadlines of one attempt at one batch."""
+
+    def __init__(self, scope: EmitScope, topics: Sequence["TopicInfo"], max_emit_bytes: int) -> None:
+        self._scope = scope
+        self._emits = {topic.name: _Emits(topic) for topic in topics}
+        self._only = next(iter(self._emits.values())) if len(self._emits) == 1 else None
+        self._max_emit_bytes = max_emit_bytes
+        self.failed: dict[Position, Poison] = {}
+        self.deadlines: dict[tuple[int, str], int | None] = {}
+        self._undo_deadlines: list[tuple[tuple[int, str], dict[tuple[int, str], int | None]]] = []
+
+    def emit(self, event: Event, topic: str | None, cause: Record | None) -> None:
+        """Remember an event for ``topic`` (None: the only declared one, or the one of the event's type)."""
+        emits = self._only
+        if emits is None or (topic is not None and topic != emits.topic.name):
+            emits = self._find(event, topic)
+        emits.events.append(event)
+        emits.causes.append(cause)
+
+    def _find(self, event: Event, topic: str | None) -> _Emits:
+        if not isinstance(event, Event):
+            raise InvalidEventError(
+                f"only Event objects can be emitted, not {type(event).__name__}; make one with Topic.event(...)",
+                attribute=None,
+            )
+        emits = self._emits.get(event.type if topic is None else topic)
+        if emits is None:
+            raise InvalidSettingError(
+                f"group {self._scope.group!r} emits to {sorted(self._emits)}, not to {topic or event.type!r}; declare "
+                "it with @consumer(emits=[...]), or name the topic: batch.emit(event, topic=...)",
+                setting="emits",
+                value=topic or event.type,
+            )
+        return emits
+
+    def fail(self, record: Record, error_type: str, error: str) -> None:
+        """Remember that ``record`` goes to the dead letters."""
+        self.failed[record.position] = Poison(*record.position, error_type, error)
+
+    def set_deadline(self, task: int, key: str, due_micros: int | None) -> None:
+        """Remember a due time; None forgets one."""
+        at = (task, key)
+        self._undo_deadlines.append((at, {at: self.deadlines[at]} if at in self.deadlines else {}))
+        self.deadlines[at] = due_micros
+
+    @property
+    def emitted(self) -> int:
+        """How many events were emitted."""
+        return sum(len(emits.events) for emits in self._emits.values())
+
+    def mark(self) -> tuple[int, ...]:
+        """A point to come back to with `undo`."""
+        return (len(self._undo_deadlines), *(len(emits.events) for emits in self._emits.values()))
+
+    def undo(self, mark: tuple[int, ...]) -> None:
+        """Take back everything emitted or set since ``mark``."""
+        while len(self._undo_deadlines) > mark[0]:
+            at, before = self._undo_deadlines.pop()
+            del self.deadlines[at]
+            self.deadlines.update(before)
+        for emits, length in zip(self._emits.values(), mark[1:], strict=True):
+            del emits.events[length:]
+            del emits.causes[length:]
+
+    def encode_emits(self) -> tuple[EncodedBatch, ...]:
+        """The emitted events as record batches, with derived ids.
+
+        An event whose maker gave no id gets one derived from (stream, group, source position, topic, ordinal), or, not
+        tied to a record, from (batch id, topic, ordinal): the same at every attempt.
+
+        Raises:
+            MissingKeyError, InvalidEventError, EventTooLargeError: naming the event.
+            CommitTooLargeError: more than one commit may carry.
+        """
+        encoded: list[EncodedBatch] = []
+        for emits in self._emits.values():
+            if emits.events:
+                encoded.extend(self._encode(emits))
+        total = sum(len(batch.blob) for batch in encoded)
+        if total > self._max_emit_bytes:
+            raise CommitTooLargeError(
+                f"a batch of group {self._scope.group!r} emitted {total} bytes, one commit carries "
+                f"{self._max_emit_bytes}; lower the consumer's max_batch, or raise its max_emit_bytes",
+                group=self._scope.group,
+                bytes=total,
+                limit=self._max_emit_bytes,
+            )
+        return tuple(encoded)
+
+    def _encode(self, emits: _Emits) -> list[EncodedBatch]:
+        topic = emits.topic
+        partition_for = partitioner(topic)
+        buckets: list[list[Any]] = [[] for _ in range(topic.partitions)]
+        ids = _DerivedIds(self._scope, topic.name)
+        for event, cause in zip(emits.events, emits.causes, strict=True):
+            row = _as_tuple(event)
+            if has_generated_id(event):
+                time = row[_TIME] if cause is None or row[_TIME] is not None else cause.time
+                row = (ids.of(cause), *row[1:_TIME], time, *row[_TIME + 1 : _FIELDS])
+            buckets[partition_for(event)].append(row[:_FIELDS])
+        return [
+            batch
+            for partition, rows in enumerate(buckets)
+            for batch in encode_batches(topic.name, partition, rows, max_event_bytes=topic.max_event_bytes)
+        ]
+
+
+_FIELDS = len(Event.__struct_fields__)
+_TIME = Event.__struct_fields__.index("time")
+
+
+class _DerivedIds:
+    """Ids of emitted events: a hash of what is constant, then offset and ordinal."""
+
+    def __init__(self, scope: EmitScope, topic: str) -> None:
+        self._scope, self._topic = scope, topic
+        self._prefixes: dict[tuple[str, int] | None, str] = {}
+        self._ordinals: dict[Position | None, int] = {}
+
+    def of(self, cause: Record | None) -> str:
+        """The next id of an event caused by ``cause``."""
+        if cause is None:
+            ordinal = self._ordinals[None] = self._ordinals.get(None, -1) + 1
+            return f"{self._prefix(None)}-{ordinal:x}"
+        position = cause.position
+        ordinal = self._ordinals[position] = self._ordinals.get(position, -1) + 1
+        return f"{self._prefix(position[:2])}-{cause.offset:x}-{ordinal:x}"
+
+    def _prefix(self, source: tuple[str, int] | None) -> str:
+        prefix = self._prefixes.get(source)
+        if prefix is None:
+            scope = self._scope
+            origin = (scope.batch_id,) if source is None else source
+            parts = (scope.incarnation, scope.group, *map(str, origin), self._topic)
+            digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=12)
+            prefix = self._prefixes[source] = digest.hexdigest()
+        return prefix

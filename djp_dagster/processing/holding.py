@@ -1,0 +1,185 @@
+"""`Holding`: what the holder of a lease does next: finish what is open, do what was asked for, else cut and go on."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+from uuid import uuid4
+
+from djp_dagster.errors import RedriveFailedError
+from djp_dagster.processing.consumer import Consumer
+from djp_dagster.processing.crash_points import reach
+from djp_dagster.processing.cutting import cut_ranges, deadlines_within
+from djp_dagster.processing.processor import BatchReport, Processor
+from djp_dagster.processing.threshold import Threshold
+from djp_dagster.streams.contracts import Deadline, Intent, Lease, Range, Request
+from djp_dagster.streams.records import TopicPartition
+from djp_dagster.streams.stream import EventStream
+
+_log = logging.getLogger(__name__)
+_MAX_DEADLINES = 10_000
+OnReport = Callable[[BatchReport], None]
+Positions = dict[TopicPartition, int]
+
+
+class Holding:
+    """The leased tasks of one group, and where they stand.
+
+    Between commits nobody else can move the group's offsets or deadlines, so they are read once and kept.
+    """
+
+    def __init__(
+        self, stream: EventStream, consumer: Consumer, processor: Processor, lease: Lease, on_report: OnReport
+    ) -> None:
+        self._stream, self._consumer, self._processor = stream, consumer, processor
+        self._coordinator, self._log = stream.coordinator, stream.log
+        self._on_report = on_report
+        self.lease = lease
+        self._positions: Positions = {}
+        self._next_due: int | None = None
+        self._refresh()
+
+    def _refresh(self) -> None:
+        tasks = set(self.lease.epochs)
+        found = self._coordinator.positions(self.lease.group)
+        self._positions = {at: offset for at, offset in found.items() if at.partition in tasks}
+        self._next_due = self._coordinator.next_deadline(self.lease.group, sorted(tasks))
+
+    @property
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """The committed offsets of the leased tasks."""
+        return self._positions
+
+    @property
+    def next_due_micros(self) -> int | None:
+        """When the next deadline of the leased tasks is due."""
+        return self._next_due
+
+    def finish_open(self) -> list[BatchReport]:
+        """Do the batches found open when the lease was taken."""
+        reports = []
+        for intent in self.lease.intents:
+            report = self._do(intent, resumed=True)
+            if report is not None:
+                reports.append(report)
+        self.lease = self.lease.part(sorted(self.lease.epochs))
+        return reports
+
+    def next_batch(
+        self,
+        tasks: Sequence[int],
+        *,
+        bound: Threshold,
+        reason: str,
+        until: Mapping[TopicPartition, int] | None = None,
+    ) -> BatchReport | None:
+        """Cut a batch of ``tasks`` towards ``until`` (the ends as of now, unless given) and do it; None if there is nothing."""
+        intent = self._cut(tasks, bound, reason, until)
+        if intent is None:
+            return None
+        self._coordinator.begin(self.lease, intent)
+        reach("2.intent")
+        return self._do(intent, resumed=False)
+
+    def _cut(
+        self, tasks: Sequence[int], bound: Threshold, reason: str, until: Mapping[TopicPartition, int] | None
+    ) -> Intent | None:
+        wanted = set(tasks)
+        positions = {at: offset for at, offset in self._positions.items() if at.partition in wanted}
+        if until is None:
+            spans = self._log.spans([topic.name for topic in self._consumer.topics])
+            until = {at: spans[at].end for at in positions}
+        ranges = cut_ranges(self._log, positions, until, bound)
+        now = self._log.now_micros()
+        fired: tuple[Deadline, ...] = ()
+        if self._next_due is not None and self._next_due <= now:
+            due = self._coordinator.due_deadlines(self.lease.group, sorted(wanted), now, _MAX_DEADLINES)
+            fired = deadlines_within(self._log, due, positions, ranges)
+        if not ranges and not fired:
+            return None
+        return Intent(
+            batch_id=uuid4().hex,
+            group=self.lease.group,
+            kind="cut",
+            tasks=tuple(sorted(wanted)),
+            ranges=_with_empty(ranges, positions, {deadline.task for deadline in fired}),
+            reason=reason if ranges else "deadline",
+            now_micros=now,
+            deadlines=fired,
+        )
+
+    def _do(self, intent: Intent, *, resumed: bool) -> BatchReport | None:
+        try:
+            report = self._processor.process(self.lease, intent, resumed=resumed)
+        except RedriveFailedError as error:
+            _log.warning("%s", error)
+            return None
+        if intent.kind == "cut":
+            # A batch may have been cut longer than the intent said when it was found.
+            self._positions.update({part.at: part.end for part in report.ranges})
+        self._next_due = self._coordinator.next_deadline(self.lease.group, sorted(self.lease.epochs))
+        self._on_report(report)
+        reach("8.reported")
+        return report
+
+    def do_requests(self) -> list[BatchReport]:
+        """Do the open requests that concern the leased tasks."""
+        reports = []
+        for request in self._coordinator.requests(self.lease.group):
+            if request.kind == "redrive" and request.body.get("task") in self.lease.epochs:
+                reports.extend(self._redrive(request))
+            elif request.kind == "cut":
+                reports.extend(self._cut_as_asked(request))
+        return reports
+
+    def _redrive(self, request: Request) -> list[BatchReport]:
+        reports = []
+        ids = cast(Sequence[int], request.body["ids"])
+        letters = self._coordinator.dead_letters_by_id(self.lease.group, ids)
+        for letter in letters:
+            if letter.status != "pending":
+                continue
+            # One at a time: what fails again must not take others with it.
+            intent = Intent(
+                batch_id=uuid4().hex,
+                group=self.lease.group,
+                kind="redrive",
+                tasks=(cast(int, request.body["task"]),),
+                ranges=(),
+                reason="redrive",
+                now_micros=self._log.now_micros(),
+                dead_letters=(letter.id,),
+            )
+            self._coordinator.begin(self.lease, intent)
+            report = self._do(intent, resumed=False)
+            if report is not None:
+                reports.append(report)
+        self._coordinator.finish_request(self.lease, request.id, "done")
+        return reports
+
+    def _cut_as_asked(self, request: Request) -> list[BatchReport]:
+        reports = []
+        asked = cast(Sequence[tuple[str, int, int]], request.body["until"])
+        until = {TopicPartition(topic, partition): end for topic, partition, end in asked}
+        if set(until) - set(self._positions):
+            return []  # some of it is somebody else's; a request names partitions of one holder
+        for tasks in task_sets(self._consumer, sorted({at.partition for at in until})):
+            while report := self.next_batch(tasks, bound=self._consumer.max_batch, reason="requested", until=until):
+                reports.append(report)
+        self._coordinator.finish_request(self.lease, request.id, "done")
+        return reports
+
+
+def task_sets(consumer: Consumer, tasks: Sequence[int]) -> list[tuple[int, ...]]:
+    """The task sets of a run's batches: all tasks at once, or one by one where state belongs to a task."""
+    return [(task,) for task in tasks] if consumer.stateful else [tuple(tasks)]
+
+
+def _with_empty(ranges: Sequence[Range], positions: Mapping[TopicPartition, int], tasks: set[int]) -> tuple[Range, ...]:
+    """The ranges, and an empty one for every other input of ``tasks``, so that the commit looks at all their inputs."""
+    covered = {part.at for part in ranges}
+    empty = [
+        Range(at.topic, at.partition, offset, offset)
+        for at, offset in positions.items()
+        if at.partition in tasks and at not in covered
+    ]
+    return (*ranges, *empty)

@@ -1,0 +1,111 @@
+"""`LeaseKeeper`: leases held by this process, and the thread that prolongs them.
+
+The first heartbeat comes a third of the time to live after the lease, and a heartbeat that fails because the stream is
+away is tried again at once: the lease is lost only if somebody else takes it. If this process dies, heartbeats end and
+the lease runs out within one time to live.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from djp_dagster.errors import FencedError, TransientError
+from djp_dagster.streams.contracts import Coordinator, Lease
+
+_log = logging.getLogger(__name__)
+DEFAULT_LEASE_S = 5.0
+
+
+def new_owner() -> str:
+    """A name for whoever holds leases: host, process, and something random."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+class LeaseKeeper:
+    """Acquires, prolongs and releases leases for one owner. Use it as a context manager; leaving releases everything.
+
+    Args:
+        coordinator: where leases live.
+        owner: who holds them.
+        ttl_s: seconds a lease lives without a heartbeat: how long a dead process blocks its tasks.
+    """
+
+    def __init__(self, coordinator: Coordinator, *, owner: str, ttl_s: float = DEFAULT_LEASE_S) -> None:
+        self._coordinator, self.owner, self.ttl_s = coordinator, owner, ttl_s
+        self._held: dict[tuple[str, int], int] = {}
+        self._lost: set[tuple[str, int, int]] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"djp-leases-{owner}", daemon=True)
+
+    def __enter__(self) -> "LeaseKeeper":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            for lease in self._snapshot():
+                self._coordinator.release(lease)
+        except TransientError as outage:
+            _log.warning("leases of %s run out by themselves: %s", self.owner, outage)
+
+    def acquire(self, group: str, tasks: Sequence[int] | None = None) -> Lease:
+        """Lease the tasks, and keep them; raises `LeaseBusyError`."""
+        lease = self._coordinator.acquire(group, tasks, self.owner, self.ttl_s)
+        with self._lock:
+            self._held.update({(group, task): epoch for task, epoch in lease.epochs.items()})
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """Stop keeping the lease and give it back."""
+        self.forget(lease)
+        self._coordinator.release(lease)
+
+    def forget(self, lease: Lease) -> None:
+        """Stop keeping a lease, e.g. because it was lost."""
+        with self._lock:
+            for task, epoch in lease.epochs.items():
+                if self._held.get((lease.group, task)) == epoch:
+                    del self._held[lease.group, task]
+
+    def is_lost(self, lease: Lease) -> bool:
+        """Whether a heartbeat has found any of its tasks taken over."""
+        with self._lock:
+            return any((lease.group, task, epoch) in self._lost for task, epoch in lease.epochs.items())
+
+    def _snapshot(self) -> list[Lease]:
+        with self._lock:
+            groups: dict[str, dict[int, int]] = {}
+            for (group, task), epoch in self._held.items():
+                groups.setdefault(group, {})[task] = epoch
+        return [Lease(group, self.owner, self.ttl_s, epochs) for group, epochs in groups.items()]
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.ttl_s / 3):
+            try:
+                self._coordinator.heartbeat(self._snapshot())
+            except FencedError:
+                self._drop_lost()
+            except TransientError as error:
+                _log.warning("heartbeat of %s failed and is repeated: %s", self.owner, error)
+
+    def _drop_lost(self) -> None:
+        for lease in self._snapshot():
+            for task, epoch in lease.epochs.items():
+                try:
+                    self._coordinator.heartbeat([lease.part([task])])
+                except FencedError:
+                    with self._lock:
+                        if self._held.get((lease.group, task)) == epoch:
+                            del self._held[lease.group, task]
+                            self._lost.add((lease.group, task, epoch))
+                except TransientError:
+                    return

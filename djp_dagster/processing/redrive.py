@@ -1,0 +1,78 @@
+"""Dead letters back through their group's handler, and that handler alone."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from djp_dagster.errors import LeaseBusyError, UnknownDeadLetterError
+from djp_dagster.processing.consumer import Consumer
+from djp_dagster.processing.run import run_pending
+from djp_dagster.streams.contracts import DeadLetter
+from djp_dagster.streams.stream import EventStream
+from djp_dagster.units import Duration, parse_seconds
+
+
+def request_redrive(stream: EventStream, group: str, ids: Sequence[int] | None = None) -> list[int]:
+    """Ask whoever works for ``group`` to redrive dead letters; the numbers of the requests.
+
+    Args:
+        stream: the stream.
+        group: the consumer group.
+        ids: which of its pending dead letters; all unless given.
+
+    Raises:
+        UnknownDeadLetterError: naming those that are not pending dead letters of the group.
+    """
+    if ids is None:
+        letters = stream.dead_letters(group)
+    else:
+        letters = [one for one in stream.coordinator.dead_letters_by_id(group, ids) if one.status == "pending"]
+        missing = sorted(set(ids) - {letter.id for letter in letters})
+        if missing:
+            raise UnknownDeadLetterError(
+                f"group {group!r} has no pending dead letters {missing}; see stream.dead_letters({group!r})",
+                group=group,
+                ids=missing,
+            )
+    by_task: dict[int, list[int]] = {}
+    for letter in letters:
+        by_task.setdefault(letter.partition, []).append(letter.id)
+    return [
+        stream.coordinator.request(group, "redrive", {"task": task, "ids": numbers})
+        for task, numbers in sorted(by_task.items())
+    ]
+
+
+def redrive(
+    stream: EventStream,
+    consumer: Consumer,
+    ids: Sequence[int] | None = None,
+    *,
+    resources: Mapping[str, Any] | None = None,
+    state_folder: Path | None = None,
+    wait: Duration = "1min",
+) -> list[DeadLetter]:
+    """Redrive dead letters, here if the group is free, else by whoever holds it.
+
+    Effects and the new status become visible in one commit each. What fails again stays pending, with its new error.
+
+    Returns:
+        The dead letters as they are afterwards.
+
+    Raises:
+        UnknownDeadLetterError: naming those that are not pending.
+        LeaseBusyError: a holder did not get to it within ``wait``.
+    """
+    before = stream.dead_letters(consumer.group) if ids is None else None
+    numbers = [letter.id for letter in before] if before is not None else list(ids or ())
+    requests = request_redrive(stream, consumer.group, numbers)
+    give_up = time.monotonic() + parse_seconds(wait, name="wait")
+    while any(stream.coordinator.request_status(number) == "open" for number in requests):
+        try:
+            run_pending(stream, consumer, resources=resources, state_folder=state_folder, wait=0, only_requests=True)
+        except LeaseBusyError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(0.2)
+    return stream.coordinator.dead_letters_by_id(consumer.group, numbers)

@@ -1,0 +1,114 @@
+"""Records to Arrow columns."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from djp_dagster.errors import TableSchemaError
+from djp_dagster.streams.records import Record
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EVENT_COLUMNS = (
+    "event_id",
+    "event_source",
+    "event_type",
+    "event_time",
+    "event_subject",
+    "topic",
+    "partition",
+    "offset",
+    "append_time",
+    "idempotency_key",
+)
+
+
+class RowCollector:
+    """Collects records and turns them into tables of one schema.
+
+    Args:
+        schema: the columns; those of the first table unless given.
+    """
+
+    def __init__(self, schema: "pa.Schema | None" = None) -> None:
+        self._schema = schema
+        self._records: list[Record] = []
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Take in records."""
+        self._records.extend(records)
+
+    def add_up_to(self, records: Sequence[Record], rows: int) -> Iterator["pa.Table"]:
+        """Take in records; a table of at most ``rows`` whenever that many would be exceeded."""
+        if self._records and len(self._records) + len(records) > rows:
+            yield self.table()
+        self.add(records)
+
+    def table(self) -> "pa.Table":
+        """What was collected since the last call, as a table."""
+        import pyarrow as pa
+
+        records, self._records = self._records, []
+        columns = {**_event_columns(records), **_data_columns(records)}
+        try:
+            if self._schema is not None:
+                arrays = [columns.get(field.name, pa.nulls(len(records), field.type)) for field in self._schema]
+                columns = {
+                    field.name: array if array.type == field.type else array.cast(field.type)
+                    for field, array in zip(self._schema, arrays, strict=True)
+                }
+            table = pa.table(columns)
+        except pa.ArrowException as error:
+            raise TableSchemaError(
+                f"records do not fit the columns of the first ones: {error}; give a schema"
+            ) from error
+        if self._schema is None and records:
+            self._schema = table.schema
+        return table
+
+
+def _event_columns(records: Sequence[Record]) -> dict[str, "pa.Array[Any]"]:
+    import pyarrow as pa
+
+    utc = pa.timestamp("us", tz="UTC")
+    return {
+        "event_id": pa.array([record.id for record in records], pa.string()),
+        "event_source": pa.array([record.source for record in records], pa.string()),
+        "event_type": pa.array([record.type for record in records], pa.string()),
+        "event_time": pa.array([record.event_time for record in records], utc),
+        "event_subject": pa.array([record.subject for record in records], pa.string()),
+        "topic": pa.array([record.origin.topic for record in records], pa.string()),
+        "partition": pa.array([record.origin.partition for record in records], pa.int32()),
+        "offset": pa.array([record.offset for record in records], pa.int64()),
+        "append_time": pa.array([record.origin.append_micros for record in records], utc),
+        "idempotency_key": pa.array([record.idempotency_key for record in records], pa.string()),
+    }
+
+
+def _data_columns(records: Sequence[Record]) -> dict[str, "pa.Array[Any]"]:
+    values = [record.data for record in records]
+    if any(type(value) is not dict for value in values):
+        if all(value is None for value in values):
+            return {}
+        return {"data": _array("data", values)}
+    names: dict[str, None] = {}
+    for value in values:
+        if value.keys() - names.keys():
+            names.update(dict.fromkeys(value))
+    return {
+        f"data_{name}" if name in EVENT_COLUMNS else name: _array(name, [value.get(name) for value in values])
+        for name in names
+    }
+
+
+def _array(name: str, values: list[Any]) -> "pa.Array[Any]":
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError) as error:
+        raise TableSchemaError(
+            f"field {name!r} of data cannot become one column: {error}; iterate over the records, or publish values of "
+            "one type",
+            field=name,
+        ) from error

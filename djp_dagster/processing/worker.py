@@ -1,0 +1,219 @@
+"""`Worker`: worker mode. A resident loop over one or several consumers; batches of one task, as soon as there is something.
+
+Workers of a group share its tasks evenly: each states every third of a lease that it is there, counts how many are, and
+gives away what exceeds its share at the next batch boundary. A worker that dies is missed after one lease.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from djp_dagster.errors import DjpError, FencedError, LeaseBusyError, RetriesExhaustedError, TransientError
+from djp_dagster.processing.consumer import Consumer
+from djp_dagster.processing.crash_points import reach
+from djp_dagster.processing.holding import Holding, OnReport
+from djp_dagster.processing.leases import DEFAULT_LEASE_S, LeaseKeeper, new_owner
+from djp_dagster.processing.processor import BatchReport, Processor
+from djp_dagster.streams.stream import EventStream
+from djp_dagster.units import Duration, parse_seconds
+
+_log = logging.getLogger(__name__)
+_REQUESTS_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
+_PAUSES_S = (5.0, 30.0, 120.0, 300.0)
+
+OnFailure = Callable[[Consumer, DjpError], None]
+
+
+class _Member:
+    """One consumer of a worker: its processor, and the tasks it holds."""
+
+    def __init__(self, consumer: Consumer, tasks: int, processor: Processor) -> None:
+        self.consumer, self.tasks, self.processor = consumer, tasks, processor
+        self.held: dict[tuple[int, ...], Holding] = {}
+        self.paused_until = 0.0
+        self.failures = 0
+
+
+class Worker:
+    """Runs consumers until told to stop.
+
+    A consumer that gives up (`RetriesExhaustedError`), or finds more poison than it may skip, pauses, longer each time,
+    while the others go on; its offsets stay.
+
+    Args:
+        stream: the stream; topics and groups are created when missing.
+        consumers: what to run.
+        resources: the handlers' further parameters, by name.
+        state_folder: where local state lies (``$DJP_STATE_FOLDER``, else ``.djp/state``).
+        lease: how long a dead worker's tasks stay blocked.
+        on_report: called after each commit.
+        on_failure: called when a consumer pauses; without it the error ends the worker.
+        owner: a name, for whoever looks.
+    """
+
+    def __init__(
+        self,
+        stream: EventStream,
+        consumers: Sequence[Consumer],
+        *,
+        resources: Mapping[str, Any] | None = None,
+        state_folder: Path | None = None,
+        lease: Duration = DEFAULT_LEASE_S,
+        on_report: OnReport | None = None,
+        on_failure: OnFailure | None = None,
+        owner: str | None = None,
+    ) -> None:
+        self._stream, self._consumers = stream, tuple(consumers)
+        self._resources, self._state_folder = resources, state_folder
+        self._lease_s = parse_seconds(lease, name="lease")
+        self._on_report, self._on_failure = on_report, on_failure
+        self.owner = owner or new_owner()
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until ``stop`` is set; then finish the batch under way, give everything back, and return.
+
+        Raises:
+            DjpError: what made a consumer pause, unless ``on_failure`` was given.
+        """
+        with ExitStack() as stack:
+            members = []
+            for consumer in self._consumers:
+                info = consumer.register(self._stream)
+                processor = Processor(
+                    self._stream, consumer, resources=self._resources, state_folder=self._state_folder, stop=stop
+                )
+                stack.callback(processor.close)
+                stack.callback(self._leave, consumer.group)
+                members.append(_Member(consumer, info.tasks, processor))
+            keeper = stack.enter_context(LeaseKeeper(self._stream.coordinator, owner=self.owner, ttl_s=self._lease_s))
+            watcher = self._stream.log.watch()
+            stack.callback(watcher.close)
+            self._loop(members, keeper, watcher.wait, stop)
+
+    def _leave(self, group: str) -> None:
+        try:
+            self._stream.coordinator.leave(group, self.owner)
+        except TransientError as error:
+            _log.warning("the membership of %s in %s runs out by itself: %s", self.owner, group, error)
+
+    def _loop(
+        self,
+        members: Sequence[_Member],
+        keeper: LeaseKeeper,
+        wait: Callable[[float], bool],
+        stop: threading.Event,
+    ) -> None:
+        share_at = requests_at = 0.0
+        while not stop.is_set():
+            now = time.monotonic()
+            try:
+                if now >= share_at:
+                    self._share(members, keeper)
+                    share_at = now + self._lease_s / 3
+                ask = now >= requests_at
+                requests_at = now + _REQUESTS_EVERY_S if ask else requests_at
+                worked = [self._serve(member, keeper, now, ask) for member in members]
+            except TransientError as error:
+                _log.warning("worker %s waits for the stream: %s", self.owner, error)
+                stop.wait(0.5)
+                continue
+            if not any(worked):
+                wait(self._idle_s(members, share_at))
+
+    def _idle_s(self, members: Sequence[_Member], share_at: float) -> float:
+        """How long nothing can come due by itself."""
+        left = min(_LOOK_EVERY_S, max(share_at - time.monotonic(), 0.0))
+        due = [holding.next_due_micros for member in members for holding in member.held.values()]
+        soonest = min((micros for micros in due if micros is not None), default=None)
+        if soonest is not None:
+            left = min(left, max((soonest - self._stream.log.now_micros()) / 1e6, 0.001))
+        return left
+
+    def _share(self, members: Sequence[_Member], keeper: LeaseKeeper) -> None:
+        """Take free tasks up to an even share; give away what exceeds it."""
+        coordinator = self._stream.coordinator
+        for member in members:
+            group = member.consumer.group
+            workers = coordinator.join(group, self.owner, self._lease_s)
+            share = -(-member.tasks // max(workers, 1))
+            while sum(map(len, member.held)) > share and len(member.held) > 1:
+                self._give_back(member, keeper, max(member.held))
+            mine = {task for tasks in member.held for task in tasks}
+            for info in coordinator.tasks(group):
+                if sum(map(len, member.held)) >= share:
+                    break
+                if info.task not in mine and info.worth_asking:
+                    self._take(member, keeper, info.task)
+
+    def _take(self, member: _Member, keeper: LeaseKeeper, task: int) -> None:
+        if any(task in tasks for tasks in member.held):
+            return
+        try:
+            lease = keeper.acquire(member.consumer.group, [task])
+        except LeaseBusyError:
+            return
+        reach("1.leased")
+        holding = Holding(self._stream, member.consumer, member.processor, lease, self._report)
+        member.held[tuple(sorted(lease.epochs))] = holding
+
+    def _give_back(self, member: _Member, keeper: LeaseKeeper, tasks: tuple[int, ...]) -> None:
+        holding = member.held.pop(tasks)
+        member.processor.drop_state(tasks)
+        keeper.release(holding.lease)
+
+    def _report(self, report: BatchReport) -> None:
+        if self._on_report is not None:
+            self._on_report(report)
+
+    def _serve(self, member: _Member, keeper: LeaseKeeper, now: float, ask: bool) -> bool:
+        """One batch for each task set held; whether there was any."""
+        if now < member.paused_until:
+            return False
+        worked = False
+        for tasks in list(member.held):
+            try:
+                worked |= self._serve_tasks(member, keeper, tasks, ask)
+            except FencedError as error:
+                _log.info("%s", error)
+                lost = member.held.pop(tasks)
+                member.processor.drop_state(tasks)
+                keeper.forget(lost.lease)
+            except (RetriesExhaustedError, DjpError) as error:
+                if isinstance(error, TransientError) and not isinstance(error, RetriesExhaustedError):
+                    raise
+                self._pause(member, keeper, error)
+                return worked
+        return worked
+
+    def _serve_tasks(self, member: _Member, keeper: LeaseKeeper, tasks: tuple[int, ...], ask: bool) -> bool:
+        holding = member.held[tasks]
+        worked = bool(holding.finish_open())
+        if len(tasks) > 1:
+            # Held together only to finish a batch that spans them; from now on one by one.
+            del member.held[tasks]
+            for task in tasks:
+                part = holding.lease.part([task])
+                member.held[(task,)] = Holding(self._stream, member.consumer, member.processor, part, self._report)
+            return True
+        if ask:
+            worked |= bool(holding.do_requests())
+        report = holding.next_batch(tasks, bound=member.consumer.max_batch, reason="worker")
+        if report is not None:
+            member.failures = 0
+        return worked or report is not None
+
+    def _pause(self, member: _Member, keeper: LeaseKeeper, error: DjpError) -> None:
+        pause_s = _PAUSES_S[min(member.failures, len(_PAUSES_S) - 1)]
+        member.failures += 1
+        member.paused_until = time.monotonic() + pause_s
+        _log.error("group %s pauses for %.0f s: %s", member.consumer.group, pause_s, error)
+        for tasks in list(member.held):
+            self._give_back(member, keeper, tasks)
+        if self._on_failure is None:
+            raise error
+        self._on_failure(member.consumer, error)

@@ -1,0 +1,1 @@
+"""Keyed state of a task: a local cache of its changelog."""

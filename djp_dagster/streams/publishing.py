@@ -1,0 +1,146 @@
+"""From events to record batches: routing by key, and named producers whose retries append once."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from djp_dagster.errors import InvalidEventError, StreamBusyError, StreamUnavailableError
+from djp_dagster.events import Event
+from djp_dagster.partitioning import partition_of
+from djp_dagster.streams.contracts import Appended, EventLog, ProducerStamp, TopicInfo
+from djp_dagster.streams.records import EncodedBatch, Record, encode_batches
+from djp_dagster.streams.topics import key_of
+
+if TYPE_CHECKING:
+    from djp_dagster.streams.topics import Topic
+
+
+def route(topic: "TopicInfo | Topic", events: Iterable[Event], *, max_event_bytes: int) -> Iterator[EncodedBatch]:
+    """The events as record batches of the partitions their keys belong to, in order per partition.
+
+    Raises:
+        MissingKeyError, InvalidEventError, EventTooLargeError: naming the event; nothing is appended then.
+    """
+    for partition, members in enumerate(_by_partition(topic, events)):
+        if members:
+            yield from encode_batches(topic.name, partition, members, max_event_bytes=max_event_bytes)
+
+
+def _by_partition(topic: "TopicInfo | Topic", events: Iterable[Event]) -> list[list[Event]]:
+    partition_for = partitioner(topic)
+    buckets: list[list[Event]] = [[] for _ in range(topic.partitions)]
+    for given in events:
+        event = given if type(given) is Event else _bare(given)
+        buckets[partition_for(event)].append(event)
+    return buckets
+
+
+def partitioner(topic: "TopicInfo | Topic") -> Callable[[Event], int]:
+    """A function from event to partition, resolved once per batch because it runs once per event.
+
+    The function raises `MissingKeyError` for an event without the topic's key.
+    """
+    partitions, key, name = topic.partitions, topic.key, topic.name
+    if key is None and partitions == 1:
+        return _only
+    if key is None or "." in key:
+        return lambda event: partition_of(key_of(event, key, name), partitions)
+
+    def by_field(event: Event) -> int:
+        # The common case, a string under a top-level field, without another call.
+        data = event.data
+        if event.ext is None and type(data) is dict and type(value := data.get(key)) is str:
+            return crc32(value.encode()) % partitions
+        return partition_of(key_of(event, key, name), partitions)
+
+    return by_field
+
+
+def _only(_event: Event) -> int:
+    return 0
+
+
+def _bare(given: object) -> Event:
+    if isinstance(given, Record):
+        return given.event()
+    if isinstance(given, Event):
+        return Event(**{name: getattr(given, name) for name in Event.__struct_fields__})
+    raise InvalidEventError(
+        f"only Event objects can be published, not {type(given).__name__}; make one with Topic.event(...) or Event(...)",
+        attribute=None,
+    )
+
+
+class Producer:
+    """A named producer: whatever is retried under the same sequence is appended once.
+
+    Opening fences every earlier producer of that name. ``last_sequence`` is what the stream has seen of that name, so a
+    producer that numbers its publishes by a position in its source knows, after any crash, where to go on.
+
+    Example:
+        >>> from djp_dagster import Topic, testing
+        >>> with testing.memory_stream() as stream:
+        ...     _ = stream.create_topic(Topic("lines"))
+        ...     event = Event(type="line", source="/file", data="first")
+        ...     producer = stream.producer("import")
+        ...     appended = producer.publish("lines", [event], sequence=1)
+        ...     again = stream.producer("import").publish("lines", [event], sequence=1)
+        ...     len(appended), len(again), stream.producer("import").last_sequence
+        (1, 0, 1)
+    """
+
+    def __init__(self, log: EventLog, name: str, *, retry_for_s: float = 60.0) -> None:
+        self._log = log
+        self._stamp = log.open_producer(name)
+        self._retry_for_s = retry_for_s
+
+    @property
+    def name(self) -> str:
+        """The producer's name."""
+        return self._stamp.name
+
+    @property
+    def epoch(self) -> int:
+        """How often a producer of that name has opened."""
+        return self._stamp.epoch
+
+    @property
+    def last_sequence(self) -> int:
+        """The sequence of the last publish known to be in the stream."""
+        return self._stamp.sequence
+
+    def publish(self, topic: str, events: Sequence[Event], *, sequence: int | None = None) -> list[Appended]:
+        """Append the events, all or none, once: while the stream is away the same sequence is tried again.
+
+        Args:
+            topic: the topic's name.
+            events: what to append; one transaction, so keep it to some thousands.
+            sequence: this publish's number; it must grow. One more than the last unless given.
+
+        Returns:
+            Where the events went; empty if that sequence was already in the stream.
+
+        Raises:
+            ProducerFencedError: a newer producer of this name has opened.
+            StreamUnavailableError: the stream stayed away for ``retry_for_s`` seconds; publish again with the same
+                sequence.
+        """
+        wanted = self._stamp.sequence + 1 if sequence is None else sequence
+        info = self._log.topic(topic)
+        batches = list(route(info, events, max_event_bytes=info.max_event_bytes))
+        appended = self._append_until_known(batches, self._stamp._replace(sequence=wanted))
+        self._stamp = self._stamp._replace(sequence=max(wanted, self._stamp.sequence))
+        return appended
+
+    def _append_until_known(self, batches: Sequence[EncodedBatch], stamp: ProducerStamp) -> list[Appended]:
+        give_up = time.monotonic() + self._retry_for_s
+        pause_s = 0.05
+        while True:
+            try:
+                return self._log.append(batches, stamp)
+            except (StreamUnavailableError, StreamBusyError):
+                if time.monotonic() + pause_s > give_up:
+                    raise
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, 2.0)

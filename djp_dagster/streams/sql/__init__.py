@@ -1,0 +1,1 @@
+"""The embedded default: SQLite or PostgreSQL, one code on SQLAlchemy Core."""

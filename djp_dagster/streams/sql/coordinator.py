@@ -1,0 +1,139 @@
+"""`Coordinator` on SQL: outputs, dead letters and requests on top of groups and commits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from djp_dagster.errors import InvalidSettingError
+from djp_dagster.streams.contracts import DeadLetter, Lease, Output, PayloadRef, Request
+from djp_dagster.streams.sql import schema
+from djp_dagster.streams.sql.commit import SqlCommits
+from djp_dagster.streams.sql.groups import encode_json
+
+_letters, _outputs, _requests = schema.dead_letters, schema.outputs, schema.requests
+_decode_payload = msgspec.json.Decoder(PayloadRef).decode
+_STATUSES = ("pending", "redriven", "discarded")
+
+
+class SqlCoordinator(SqlCommits):
+    """Groups, leases, intents, commits, outputs, dead letters and requests in SQLite or PostgreSQL."""
+
+    def outputs(self, group: str, *, after: int = 0, limit: int = 1000) -> list[Output]:
+        """See `Coordinator.outputs`."""
+        query = (
+            sa.select(_outputs)
+            .where(_outputs.c.group_id == self.id_of(group), _outputs.c.sequence > after)
+            .order_by(_outputs.c.sequence)
+            .limit(limit)
+        )
+        with self.database.read() as connection:
+            return [
+                Output(
+                    row.sequence, group, row.batch_id, row.attempt, _decode_payload(row.payload), row.committed_micros
+                )
+                for row in connection.execute(query)
+            ]
+
+    def dead_letters(
+        self, group: str | None = None, *, status: str | None = None, after: int = 0, limit: int = 1000
+    ) -> list[DeadLetter]:
+        """See `Coordinator.dead_letters`."""
+        if status is not None and status not in _STATUSES:
+            raise InvalidSettingError(f"status={status!r} is none of {_STATUSES}", setting="status", value=status)
+        query = _letters_query().where(_letters.c.id > after).order_by(_letters.c.id).limit(limit)
+        if group is not None:
+            query = query.where(_letters.c.group_id == self.id_of(group))
+        if status is not None:
+            query = query.where(_letters.c.status == status)
+        with self.database.read() as connection:
+            return [_letter(row) for row in connection.execute(query)]
+
+    def dead_letters_by_id(self, group: str, ids: Sequence[int]) -> list[DeadLetter]:
+        """See `Coordinator.dead_letters_by_id`."""
+        query = _letters_query().where(_letters.c.group_id == self.id_of(group), _letters.c.id.in_(list(ids)))
+        with self.database.read() as connection:
+            return [_letter(row) for row in connection.execute(query.order_by(_letters.c.id))]
+
+    def discard_dead_letters(self, group: str, ids: Sequence[int]) -> int:
+        """See `Coordinator.discard_dead_letters`."""
+        statement = (
+            sa.update(_letters)
+            .where(
+                _letters.c.group_id == self.id_of(group),
+                _letters.c.id.in_(list(ids)),
+                _letters.c.status == "pending",
+            )
+            .values(status="discarded")
+        )
+        with self.database.write() as connection:
+            return connection.execute(statement).rowcount
+
+    def request(self, group: str, kind: str, body: Mapping[str, object]) -> int:
+        """See `Coordinator.request`."""
+        group_id = self.id_of(group)
+        with self.database.write() as connection:
+            values = {
+                "group_id": group_id,
+                "kind": kind,
+                "body": encode_json(body).decode(),
+                "status": "open",
+                "created_micros": self.database.now_micros(connection),
+            }
+            number = connection.execute(sa.insert(_requests).values(values)).inserted_primary_key[0]
+            self.database.notify(connection)
+        return int(number)
+
+    def requests(self, group: str, *, status: str = "open") -> list[Request]:
+        """See `Coordinator.requests`."""
+        query = (
+            sa.select(_requests)
+            .where(_requests.c.group_id == self.id_of(group), _requests.c.status == status)
+            .order_by(_requests.c.id)
+        )
+        with self.database.read() as connection:
+            return [
+                Request(row.id, group, row.kind, msgspec.json.decode(row.body), row.status, row.created_micros)
+                for row in connection.execute(query)
+            ]
+
+    def request_status(self, request_id: int) -> str:
+        """See `Coordinator.request_status`."""
+        query = sa.select(_requests.c.status).where(_requests.c.id == request_id)
+        with self.database.read() as connection:
+            return str(connection.execute(query).scalar_one())
+
+    def finish_request(self, lease: Lease, request_id: int, status: str) -> None:
+        """See `Coordinator.finish_request`."""
+        statement = (
+            sa.update(_requests)
+            .where(_requests.c.group_id == self.id_of(lease.group), _requests.c.id == request_id)
+            .values(status=status)
+        )
+        with self.database.write() as connection:
+            self.prolong(connection, lease, self.database.now_micros(connection))
+            connection.execute(statement)
+
+
+def _letters_query() -> sa.Select[Any]:
+    groups = schema.groups
+    return sa.select(_letters, groups.c.name.label("group_name")).join(groups, groups.c.group_id == _letters.c.group_id)
+
+
+def _letter(row: Any) -> DeadLetter:
+    return DeadLetter(
+        id=row.id,
+        group=row.group_name,
+        topic=row.topic,
+        partition=row.partition,
+        offset=row.offset,
+        append_micros=row.append_micros,
+        raw=bytes(row.raw),
+        error_type=row.error_type,
+        error=row.error,
+        status=row.status,
+        redrives=row.redrives,
+        batch_id=row.batch_id,
+        created_micros=row.created_micros,
+    )

@@ -1,0 +1,318 @@
+"""Connections, transactions and the translation of driver errors: the only place that knows SQLite from PostgreSQL.
+
+Every write transaction is short and takes its locks at once or in a fixed order: ``BEGIN IMMEDIATE`` on SQLite; on
+PostgreSQL row locks on tasks, then the group, then partitions by (topic, partition). No user code runs inside one.
+"""
+
+import os
+import sqlite3
+import stat
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.pool import StaticPool
+
+from djp_dagster.errors import (
+    DjpError,
+    InvalidSettingError,
+    StreamBusyError,
+    StreamCorruptError,
+    StreamFormatError,
+    StreamFullError,
+    StreamNotWritableError,
+    StreamReplacedError,
+    StreamUnavailableError,
+)
+
+Clock = Callable[[], float]
+
+NOTIFY_CHANNEL = "djp_stream"
+_BUSY_TIMEOUT_S = 30.0
+
+
+class Database:
+    """One stream's database. Safe to share between threads; a forked child opens its own connections.
+
+    Args:
+        url: ``sqlite:///path``, ``sqlite://`` (private, in memory) or ``postgresql+psycopg://...``.
+        clock: seconds since 1970, for tests; by default the host's clock on SQLite, the server's on PostgreSQL.
+
+    Raises:
+        InvalidSettingError: another kind of database.
+    """
+
+    def __init__(self, url: str | URL, *, clock: Clock | None = None) -> None:
+        self.url = make_url(url)
+        self.dialect = self.url.get_backend_name()
+        if self.dialect not in ("sqlite", "postgresql"):
+            raise InvalidSettingError(
+                f"stream url {self.label!r}: use sqlite:///path or postgresql+psycopg://user@host/database",
+                setting="url",
+                value=self.label,
+            )
+        self.path = self._sqlite_path()
+        self._clock = clock
+        self._identity: tuple[int, int] | None = None
+        # An in-memory database is one connection, so its transactions take turns.
+        in_memory = self.dialect == "sqlite" and self.path is None
+        self._turn: AbstractContextManager[Any] = threading.RLock() if in_memory else nullcontext()
+        self.engine = self._make_engine()
+        _forget_connections_after_fork(self.engine)
+
+    @property
+    def label(self) -> str:
+        """The URL without its password, for messages."""
+        return self.url.render_as_string(hide_password=True)
+
+    def _sqlite_path(self) -> Path | None:
+        name = self.url.database
+        return None if self.dialect != "sqlite" or not name or name == ":memory:" else Path(name)
+
+    def _make_engine(self) -> Engine:
+        if self.dialect == "postgresql":
+            return sa.create_engine(self.url, isolation_level="READ COMMITTED", pool_size=4, max_overflow=16)
+        arguments: dict[str, Any] = {"connect_args": {"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}}
+        if self.path is None:
+            arguments["poolclass"] = StaticPool
+        engine = sa.create_engine(self.url, **arguments)
+        event.listen(engine, "connect", _prepare_sqlite)
+        return engine
+
+    def now_micros(self, connection: Connection) -> int:
+        """The store's clock."""
+        if self._clock is not None:
+            return round(self._clock() * 1e6)
+        if self.dialect == "sqlite":
+            return time.time_ns() // 1000
+        return int(connection.execute(_PG_NOW).scalar_one())
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading; each statement sees what is committed when it runs."""
+        with self._turn, self._translated(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A write transaction: commits at the end of the block, rolls back on any exception.
+
+        Raises:
+            StreamUnavailableError: with ``facts["ambiguous"]`` true if the connection broke during COMMIT.
+        """
+        with self._turn:
+            with self._translated():
+                self._require_same_file()
+                connection = self.engine.connect()
+            try:
+                with self._translated():
+                    self._begin(connection)
+                    yield connection
+                with self._translated(committing=True):
+                    self._finish(connection)
+            except BaseException:
+                self._abandon(connection)
+                raise
+            finally:
+                connection.close()
+
+    def _begin(self, connection: Connection) -> None:
+        if self.dialect == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            connection.begin()
+
+    def _finish(self, connection: Connection) -> None:
+        if self.dialect == "sqlite":
+            connection.exec_driver_sql("COMMIT")
+        else:
+            connection.commit()
+
+    def _abandon(self, connection: Connection) -> None:
+        try:
+            if self.dialect != "sqlite":
+                connection.rollback()
+            elif connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
+                connection.exec_driver_sql("ROLLBACK")
+        except sa.exc.DBAPIError:
+            connection.invalidate()
+
+    def notify(self, connection: Connection) -> None:
+        """Wake the watchers when this transaction commits (SQLite's watchers see the commit itself)."""
+        if self.dialect == "postgresql":
+            connection.execute(_PG_NOTIFY)
+
+    @contextmanager
+    def _translated(self, *, committing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.DBAPIError as error:
+            raise self._typed(error, committing) from error
+
+    def _typed(self, error: sa.exc.DBAPIError, committing: bool) -> Exception:
+        if self.dialect == "sqlite":
+            return self._typed_sqlite(error, committing)
+        state = getattr(error.orig, "sqlstate", None) or ""
+        if error.connection_invalidated or state[:2] in ("08", "57") or not state:
+            return StreamUnavailableError(
+                f"stream {self.label}: the database is away ({_first_line(error)}); it is tried again",
+                stream=self.label,
+                ambiguous=committing,
+            )
+        if state in ("40001", "40P01", "55P03"):
+            return StreamBusyError(f"stream {self.label}: {_first_line(error)}; try again", stream=self.label)
+        if state in ("53100", "53200"):
+            return StreamFullError(f"stream {self.label}: {_first_line(error)}; free some space", stream=self.label)
+        if state in ("25006", "42501"):
+            return StreamNotWritableError(
+                f"stream {self.label}: {_first_line(error)}; grant the user write access", stream=self.label
+            )
+        return error
+
+    def _typed_sqlite(self, error: sa.exc.DBAPIError, committing: bool) -> Exception:
+        name = getattr(error.orig, "sqlite_errorname", None) or _legacy_error_name(str(error.orig))
+        where = f"stream {self.label}"
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return StreamBusyError(f"{where}: locked for {_BUSY_TIMEOUT_S:.0f} s; try again", stream=self.label)
+        if name.startswith("SQLITE_FULL"):
+            return StreamFullError(f"{where}: no space left; free some and try again", stream=self.label)
+        if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            return StreamNotWritableError(
+                f"{where}: {error.orig}; make the folder exist and writable for this user", stream=self.label
+            )
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            return StreamCorruptError(
+                f"{where}: {error.orig}; restore it from a backup", stream=self.label, path=str(self.path)
+            )
+        if name.startswith("SQLITE_IOERR"):
+            return self._typed_io_error(error, committing)
+        return error
+
+    def _typed_io_error(self, error: sa.exc.DBAPIError, committing: bool) -> Exception:
+        if self.path is not None and _is_full(self.path.parent):
+            return StreamFullError(f"stream {self.label}: no space left; free some and try again", stream=self.label)
+        return StreamUnavailableError(
+            f"stream {self.label}: {error.orig}; check the disk", stream=self.label, ambiguous=committing
+        )
+
+    def _require_same_file(self) -> None:
+        # A writer on an unlinked or swapped file would acknowledge events nobody will ever see.
+        if self.path is None or self._identity is None:
+            return
+        if self._identity != _file_identity(self.path):
+            raise StreamReplacedError(
+                f"stream {self.label}: the file was removed or replaced while open; restart the process to use the "
+                "new one, or put the old one back",
+                stream=self.label,
+                path=str(self.path),
+            )
+
+    def remember_file(self) -> None:
+        """From now on refuse to write if the file is another one."""
+        if self.path is not None:
+            self._identity = _file_identity(self.path)
+
+    def require_readable(self) -> None:
+        """Refuse early, and clearly, what cannot be a stream file.
+
+        Raises:
+            StreamNotWritableError: the folder is missing, or the place is no regular file.
+            StreamFormatError: the file holds something else.
+        """
+        if self.path is None:
+            return
+        if not self.path.parent.is_dir():
+            raise StreamNotWritableError(
+                f"stream {self.label}: the folder {str(self.path.parent)!r} does not exist; create it first",
+                stream=self.label,
+                path=str(self.path),
+            )
+        if not self.path.exists() or (stat.S_ISREG(self.path.stat().st_mode) and self.path.stat().st_size == 0):
+            return
+        if not self.path.is_file():
+            raise StreamNotWritableError(
+                f"stream {self.label}: {str(self.path)!r} is no regular file; name a file", stream=self.label
+            )
+        with self.path.open("rb") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise StreamFormatError(
+                    f"stream {self.label}: {str(self.path)!r} is not a stream file; choose another path",
+                    stream=self.label,
+                    path=str(self.path),
+                )
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        self.engine.dispose()
+
+
+_PG_NOW = sa.text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)")
+_PG_NOTIFY = sa.text(f"SELECT pg_notify('{NOTIFY_CHANNEL}', '')")
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # transactions are begun explicitly
+    cursor = connection.cursor()
+    try:
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA cache_size=-16384")
+        cursor.execute("PRAGMA journal_size_limit=67108864")
+    finally:
+        cursor.close()
+
+
+def _forget_connections_after_fork(engine: Engine) -> None:
+    # A connection used by two processes corrupts SQLite's locks and PostgreSQL's protocol alike.
+    reference = weakref.ref(engine)
+
+    def forget() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.dispose(close=False)
+
+    os.register_at_fork(after_in_child=forget)
+
+
+def _file_identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_full(folder: Path) -> bool:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize < (1 << 16)
+
+
+def _legacy_error_name(message: str) -> str:
+    """The SQLite error's symbolic name from its text: Python 3.10 does not carry the name."""
+    texts = {
+        "database is locked": "SQLITE_BUSY",
+        "database table is locked": "SQLITE_LOCKED",
+        "database or disk is full": "SQLITE_FULL",
+        "attempt to write a readonly database": "SQLITE_READONLY",
+        "unable to open database file": "SQLITE_CANTOPEN",
+        "database disk image is malformed": "SQLITE_CORRUPT",
+        "file is not a database": "SQLITE_NOTADB",
+        "disk I/O error": "SQLITE_IOERR",
+    }
+    return next((name for text, name in texts.items() if text in message), "")
+
+
+def _first_line(error: sa.exc.DBAPIError) -> str:
+    return str(error.orig).strip().split("\n", 1)[0]
+
+
+def is_ambiguous(error: DjpError) -> bool:
+    """Whether the error left open if its transaction took effect."""
+    return bool(error.facts.get("ambiguous"))

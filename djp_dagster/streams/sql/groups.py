@@ -1,0 +1,532 @@
+"""Consumer groups, their committed offsets, tasks and leases, on SQL.
+
+A lease is (owner, epoch, expiry by the store's clock). Taking a task over raises its epoch, which fences the former
+holder: its next commit, heartbeat or intent finds another epoch and changes nothing. A lease cannot have more than its
+own time to live left; one that seems to was granted before the clock went back, and is cut to that length when somebody
+asks for it, so that a dead holder never outlives its lease by the size of the jump.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from djp_dagster.errors import (
+    FencedError,
+    GroupMismatchError,
+    InvalidSettingError,
+    LeaseBusyError,
+    OffsetOutOfRangeError,
+    UnknownGroupError,
+)
+from djp_dagster.streams.contracts import (
+    Backlog,
+    GroupInfo,
+    GroupSpec,
+    Intent,
+    Lease,
+    Start,
+    TaskInfo,
+)
+from djp_dagster.streams.records import TopicPartition
+from djp_dagster.streams.sql import schema
+from djp_dagster.streams.sql.database import Database
+from djp_dagster.streams.sql.log import SqlEventLog, backlog_of
+from djp_dagster.streams.topics import INTERNAL_PREFIX, Topic, check_name
+
+_groups, _tasks, _positions, _members = schema.groups, schema.tasks, schema.positions, schema.members
+_parts, _rows, _intents = schema.partitions, schema.record_batches, schema.intents
+_g = sa.bindparam("g")
+
+encode_json = msgspec.json.Encoder().encode
+decode_intent = msgspec.json.Decoder(Intent).decode
+
+_floor_offset = (
+    sa.select(sa.func.max(_rows.c.base_offset))
+    .where(
+        _rows.c.topic_id == _positions.c.topic_id,
+        _rows.c.partition == _positions.c.partition,
+        _rows.c.base_offset <= _positions.c.committed,
+    )
+    .correlate(_positions)
+    .scalar_subquery()
+)
+_pending = (
+    sa.select(
+        sa.case(
+            (_positions.c.committed < _parts.c.begin_offset, _parts.c.begin_offset), else_=_positions.c.committed
+        ).label("start"),
+        _parts.c.end_offset,
+        _parts.c.end_bytes,
+        _parts.c.last_append_micros,
+        _rows.c.base_offset,
+        _rows.c["count"],
+        _rows.c.base_bytes,
+        _rows.c.bytes,
+        _rows.c.append_micros,
+    )
+    .select_from(
+        _positions.join(
+            _parts, sa.and_(_parts.c.topic_id == _positions.c.topic_id, _parts.c.partition == _positions.c.partition)
+        ).outerjoin(
+            _rows,
+            sa.and_(
+                _rows.c.topic_id == _positions.c.topic_id,
+                _rows.c.partition == _positions.c.partition,
+                _rows.c.base_offset == sa.func.coalesce(_floor_offset, _parts.c.begin_offset),
+            ),
+        )
+    )
+    .where(_positions.c.group_id == _g)
+)
+_task_rows = sa.select(_tasks).where(_tasks.c.group_id == _g).order_by(_tasks.c.task)
+_prolong = (
+    sa.update(_tasks)
+    .where(
+        _tasks.c.group_id == _g,
+        _tasks.c.task == sa.bindparam("of_task"),
+        _tasks.c.epoch == sa.bindparam("of_epoch"),
+        _tasks.c.owner == sa.bindparam("of_owner"),
+    )
+    .values(expires_micros=sa.bindparam("until"))
+)
+_open_intents = sa.select(_intents.c.body).where(_intents.c.group_id == _g).order_by(_intents.c.batch_id)
+
+
+def changelog_of(group: str) -> str:
+    """The topic that carries the state changes of a stateful group."""
+    return f"{INTERNAL_PREFIX}changelog.{group}"
+
+
+class SqlGroups:
+    """The part of `Coordinator` about groups, offsets and leases."""
+
+    def __init__(self, log: SqlEventLog) -> None:
+        self.log = log
+        self.database: Database = log.database
+        self._ids: dict[str, int] = {}
+
+    def id_of(self, name: str) -> int:
+        """The group's number; raises `UnknownGroupError`."""
+        group_id = self._ids.get(name)
+        if group_id is None:
+            with self.database.read() as connection:
+                query = sa.select(_groups.c.group_id).where(_groups.c.name == name)
+                group_id = connection.execute(query).scalar_one_or_none()
+            if group_id is None:
+                raise UnknownGroupError(
+                    f"consumer group {name!r} does not exist in stream {self.database.label}; "
+                    "it is created when its consumer first runs, or with stream.ensure_group(...)",
+                    group=name,
+                )
+            self._ids[name] = group_id
+        return group_id
+
+    def ensure_group(self, spec: GroupSpec) -> GroupInfo:
+        """See `Coordinator.ensure_group`."""
+        check_name("group", spec.name)
+        if not spec.topics:
+            raise InvalidSettingError(f"group {spec.name!r} reads no topic", setting="topics", value=())
+        counts = [self.log.topic(topic).partitions for topic in spec.topics]
+        try:
+            info = self.group(spec.name)
+        except UnknownGroupError:
+            if spec.stateful:
+                self.log.create_topic(Topic(changelog_of(spec.name), partitions=max(counts)))
+            self._create(spec, max(counts))
+            info = self.group(spec.name)
+        if (info.topics, info.stateful) != (tuple(spec.topics), spec.stateful):
+            raise GroupMismatchError(
+                f"group {spec.name!r} was created for topics {info.topics} (stateful={info.stateful}) and is declared "
+                f"for {spec.topics} (stateful={spec.stateful}); use another group name, or delete the group first",
+                group=spec.name,
+            )
+        return info
+
+    def _create(self, spec: GroupSpec, tasks: int) -> None:
+        with self.database.write() as connection:
+            now = self.database.now_micros(connection)
+            # Locks in the order of the protocol; whoever comes second finds the group made.
+            topic_ids = sorted(self.log.catalog.ids_of(spec.topics))
+            query = (
+                sa.select(_parts)
+                .where(_parts.c.topic_id.in_(topic_ids))
+                .order_by(_parts.c.topic_id, _parts.c.partition)
+                .with_for_update()
+            )
+            parts = connection.execute(query).all()
+            if connection.execute(sa.select(_groups).where(_groups.c.name == spec.name)).first() is not None:
+                return
+            values = {
+                "name": spec.name,
+                "topics": encode_json(spec.topics).decode(),
+                "tasks": tasks,
+                "stateful": spec.stateful,
+                "created_micros": now,
+            }
+            group_id = connection.execute(sa.insert(_groups).values(values)).inserted_primary_key[0]
+            connection.execute(
+                sa.insert(_positions),
+                [
+                    {
+                        "group_id": group_id,
+                        "topic_id": part.topic_id,
+                        "partition": part.partition,
+                        "committed": self._start_of(connection, part, spec.start),
+                    }
+                    for part in parts
+                ],
+            )
+            connection.execute(sa.insert(_tasks), [_new_task(group_id, task) for task in range(tasks)])
+
+    def _start_of(self, connection: Connection, part: sa.Row[Any], start: Start) -> int:
+        if start == "earliest":
+            return int(part.begin_offset)
+        if start == "latest":
+            return int(part.end_offset)
+        query = sa.select(sa.func.min(_rows.c.base_offset)).where(
+            _rows.c.topic_id == part.topic_id,
+            _rows.c.partition == part.partition,
+            _rows.c.append_micros >= start,
+        )
+        found = connection.execute(query).scalar_one()
+        return int(part.end_offset if found is None else found)
+
+    def group(self, name: str) -> GroupInfo:
+        """See `Coordinator.group`."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(_groups).where(_groups.c.name == name)).one_or_none()
+        if row is None:
+            self._ids.pop(name, None)
+            self.id_of(name)
+        else:
+            self._ids[name] = row.group_id
+        return _group_info(row)
+
+    def groups(self) -> list[GroupInfo]:
+        """See `Coordinator.groups`."""
+        with self.database.read() as connection:
+            return [_group_info(row) for row in connection.execute(sa.select(_groups).order_by(_groups.c.name))]
+
+    def delete_group(self, name: str) -> None:
+        """See `Coordinator.delete_group`."""
+        group_id = self.id_of(name)
+        with self.database.write() as connection:
+            self._require_free(connection, name, group_id, also_intents=False)
+            for table in (
+                _positions,
+                _tasks,
+                _members,
+                _intents,
+                schema.deadlines,
+                schema.dead_letters,
+                schema.outputs,
+                schema.requests,
+                _groups,
+            ):
+                connection.execute(sa.delete(table).where(table.c.group_id == group_id))
+        self._ids.pop(name, None)
+
+    def _require_free(self, connection: Connection, name: str, group_id: int, *, also_intents: bool) -> None:
+        now = self.database.now_micros(connection)
+        for row in connection.execute(_task_rows.with_for_update(), {"g": group_id}):
+            if _is_held(row, now):
+                raise _busy(name, row, now)
+        if also_intents and (body := connection.execute(_open_intents, {"g": group_id}).scalars().first()):
+            intent = decode_intent(body)
+            raise LeaseBusyError(
+                f"group {name!r} has an open batch {intent.batch_id} (attempt {intent.attempt}); let it finish first",
+                group=name,
+                holder=None,
+                batch_id=intent.batch_id,
+            )
+
+    def positions(self, group: str) -> dict[TopicPartition, int]:
+        """See `Coordinator.positions`."""
+        query = (
+            sa.select(_positions.c.topic_id, _positions.c.partition, _positions.c.committed)
+            .where(_positions.c.group_id == _g)
+            .order_by(_positions.c.topic_id, _positions.c.partition)
+        )
+        with self.database.read() as connection:
+            found = connection.execute(query, {"g": self.id_of(group)}).all()
+        name_of = self.log.catalog.name_of
+        return {TopicPartition(name_of(topic), partition): committed for topic, partition, committed in found}
+
+    def pending(self, group: str) -> Backlog:
+        """See `Coordinator.pending`."""
+        group_id = self.id_of(group)
+        with self.database.read() as connection:
+            found = connection.execute(_pending, {"g": group_id}).all()
+            return backlog_of(found, self.database.now_micros(connection))
+
+    def tasks(self, group: str) -> list[TaskInfo]:
+        """See `Coordinator.tasks`."""
+        with self.database.read() as connection:
+            found = connection.execute(_task_rows, {"g": self.id_of(group)}).all()
+            now = self.database.now_micros(connection)
+        return [
+            TaskInfo(
+                task=row.task,
+                epoch=row.epoch,
+                owner=row.owner,
+                expires_micros=row.expires_micros,
+                worth_asking=not _is_held(row, now) or row.expires_micros - now > row.ttl_micros,
+                last_batch=row.last_batch,
+                last_attempt=row.last_attempt,
+            )
+            for row in found
+        ]
+
+    def acquire(self, group: str, tasks: Sequence[int] | None, owner: str, ttl_s: float) -> Lease:
+        """See `Coordinator.acquire`."""
+        group_id = self.id_of(group)
+        busy: LeaseBusyError | None = None
+        with self.database.write() as connection:
+            # All of the group's rows are locked, in order, so that two overlapping sets cannot wait for each other.
+            rows = {row.task: row for row in connection.execute(_task_rows.with_for_update(), {"g": group_id})}
+            if not rows:
+                del self._ids[group]
+                self.group(group)
+            now = self.database.now_micros(connection)
+            bodies = connection.execute(_open_intents, {"g": group_id}).scalars().all()
+            wanted, intents = _whole_sets(set(rows if tasks is None else tasks), [decode_intent(b) for b in bodies])
+            _require_tasks(group, wanted, rows)
+            for task in sorted(wanted):
+                if rows[task].owner != owner and _is_held(rows[task], now):
+                    busy = _busy(group, rows[task], now)
+                    self._shorten(connection, rows[task], now)
+                    break
+            else:
+                epochs = self._take(connection, group_id, sorted(wanted), rows, owner, ttl_s, now)
+        if busy is not None:
+            raise busy
+        return Lease(group, owner, ttl_s, epochs, tuple(intents))
+
+    def _take(
+        self,
+        connection: Connection,
+        group_id: int,
+        wanted: Sequence[int],
+        rows: Mapping[int, Any],
+        owner: str,
+        ttl_s: float,
+        now: int,
+    ) -> dict[int, int]:
+        # One epoch for the set, so that it serves as the fencing token of each of its tasks.
+        epoch = max(int(rows[task].epoch) for task in wanted) + 1
+        epochs = dict.fromkeys(wanted, epoch)
+        table = _tasks
+        statement = (
+            sa.update(table)
+            .where(table.c.group_id == _g, table.c.task == sa.bindparam("of_task"))
+            .values(
+                epoch=sa.bindparam("to_epoch"),
+                owner=owner,
+                ttl_micros=round(ttl_s * 1e6),
+                expires_micros=now + round(ttl_s * 1e6),
+            )
+        )
+        parameters = [{"g": group_id, "of_task": task, "to_epoch": epoch} for task, epoch in epochs.items()]
+        connection.execute(statement, parameters)
+        return epochs
+
+    def _shorten(self, connection: Connection, row: sa.Row[Any], now: int) -> None:
+        if row.expires_micros - now <= row.ttl_micros:
+            return
+        table = _tasks
+        connection.execute(
+            sa.update(table)
+            .where(table.c.group_id == row.group_id, table.c.task == row.task, table.c.epoch == row.epoch)
+            .values(expires_micros=now + row.ttl_micros)
+        )
+
+    def heartbeat(self, leases: Sequence[Lease]) -> None:
+        """See `Coordinator.heartbeat`."""
+        leases = [lease for lease in leases if lease.epochs]
+        if not leases:
+            return
+        with self.database.write() as connection:
+            now = self.database.now_micros(connection)
+            for lease in sorted(leases, key=lambda lease: lease.group):
+                self.prolong(connection, lease, now)
+
+    def prolong(self, connection: Connection, lease: Lease, now: int) -> None:
+        """Prolong the lease within a transaction; raises `FencedError`."""
+        until = now + round(lease.ttl_s * 1e6)
+        group_id = self.id_of(lease.group)
+        parameters = [
+            {"g": group_id, "of_task": task, "of_epoch": epoch, "of_owner": lease.owner, "until": until}
+            for task, epoch in sorted(lease.epochs.items())
+        ]
+        if connection.execute(_prolong, parameters).rowcount != len(parameters):
+            raise fenced(lease)
+
+    def release(self, lease: Lease) -> None:
+        """See `Coordinator.release`."""
+        table = _tasks
+        statement = (
+            sa.update(table)
+            .where(
+                table.c.group_id == _g,
+                table.c.task == sa.bindparam("of_task"),
+                table.c.epoch == sa.bindparam("of_epoch"),
+                table.c.owner == lease.owner,
+            )
+            .values(owner=None, expires_micros=0)
+        )
+        group_id = self.id_of(lease.group)
+        parameters = [
+            {"g": group_id, "of_task": task, "of_epoch": epoch} for task, epoch in sorted(lease.epochs.items())
+        ]
+        if parameters:
+            with self.database.write() as connection:
+                connection.execute(statement, parameters)
+                self.database.notify(connection)
+
+    def join(self, group: str, owner: str, ttl_s: float) -> int:
+        """See `Coordinator.join`."""
+        group_id = self.id_of(group)
+        with self.database.write() as connection:
+            now = self.database.now_micros(connection)
+            ttl = round(ttl_s * 1e6)
+            here = (_members.c.group_id == group_id, _members.c.owner == owner)
+            values = {"ttl_micros": ttl, "expires_micros": now + ttl}
+            if connection.execute(sa.update(_members).where(*here).values(values)).rowcount == 0:
+                connection.execute(sa.insert(_members).values(group_id=group_id, owner=owner, **values))
+            connection.execute(
+                sa.delete(_members).where(
+                    _members.c.group_id == group_id,
+                    sa.or_(
+                        _members.c.expires_micros <= now,
+                        _members.c.expires_micros > now + _members.c.ttl_micros,  # written before the clock went back
+                    ),
+                )
+            )
+            query = sa.select(sa.func.count()).select_from(_members).where(_members.c.group_id == group_id)
+            return int(connection.execute(query).scalar_one())
+
+    def leave(self, group: str, owner: str) -> None:
+        """See `Coordinator.leave`."""
+        group_id = self.id_of(group)
+        with self.database.write() as connection:
+            connection.execute(sa.delete(_members).where(_members.c.group_id == group_id, _members.c.owner == owner))
+
+    def seek(self, group: str, owner: str, to: Start | Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
+        """See `Coordinator.seek`."""
+        group_id = self.id_of(group)
+        info = self.group(group)
+        with self.database.write() as connection:
+            self._require_free(connection, group, group_id, also_intents=True)
+            topic_ids = sorted(self.log.catalog.ids_of(info.topics))
+            query = (
+                sa.select(_parts)
+                .where(_parts.c.topic_id.in_(topic_ids))
+                .order_by(_parts.c.topic_id, _parts.c.partition)
+                .with_for_update()
+            )
+            moved = self._targets(connection, connection.execute(query).all(), to)
+            statement = (
+                sa.update(_positions)
+                .where(_positions.c.group_id == _g, _positions.c.topic_id == sa.bindparam("t"))
+                .where(_positions.c.partition == sa.bindparam("p"))
+                .values(committed=sa.bindparam("to"))
+            )
+            id_of = self.log.catalog.id_of
+            parameters = [
+                {"g": group_id, "t": id_of(at.topic), "p": at.partition, "to": offset} for at, offset in moved.items()
+            ]
+            if parameters:
+                connection.execute(statement, parameters)
+            connection.execute(sa.update(_tasks).where(_tasks.c.group_id == group_id).values(epoch=_tasks.c.epoch + 1))
+            self.database.notify(connection)
+        return moved
+
+    def _targets(
+        self, connection: Connection, parts: Sequence[sa.Row[Any]], to: Start | Mapping[TopicPartition, int]
+    ) -> dict[TopicPartition, int]:
+        spans = {TopicPartition(self.log.catalog.name_of(part.topic_id), part.partition): part for part in parts}
+        if not isinstance(to, Mapping):
+            return {at: self._start_of(connection, part, to) for at, part in spans.items()}
+        for at, offset in to.items():
+            part = spans.get(at)
+            if part is None or not part.begin_offset <= offset <= part.end_offset:
+                held = f"{part.begin_offset} to {part.end_offset}" if part is not None else "nothing"
+                raise OffsetOutOfRangeError(
+                    f"cannot seek {at.topic!r} partition {at.partition} to {offset}: it holds {held}",
+                    topic=at.topic,
+                    partition=at.partition,
+                    offset=offset,
+                )
+        return dict(to)
+
+
+def fenced(lease: Lease) -> FencedError:
+    """The error of a lease that somebody else has taken over."""
+    return FencedError(
+        f"{lease.owner} lost its lease on group {lease.group!r} tasks {sorted(lease.epochs)}: another holder took over "
+        "and continues; nothing of this attempt was committed",
+        group=lease.group,
+        owner=lease.owner,
+    )
+
+
+def _new_task(group_id: int, task: int) -> dict[str, object]:
+    return {
+        "group_id": group_id,
+        "task": task,
+        "epoch": 0,
+        "owner": None,
+        "ttl_micros": 0,
+        "expires_micros": 0,
+        "last_batch": None,
+        "last_attempt": 0,
+        "last_epoch": 0,
+    }
+
+
+def _is_held(row: sa.Row[Any], now: int) -> bool:
+    return row.owner is not None and row.expires_micros > now
+
+
+def _busy(group: str, row: sa.Row[Any], now: int) -> LeaseBusyError:
+    left_s = min(row.expires_micros - now, row.ttl_micros) / 1e6
+    return LeaseBusyError(
+        f"task {row.task} of group {group!r} is leased by {row.owner!r} for {left_s:.1f} s more unless prolonged; "
+        "wait for it, or stop that worker or run",
+        group=group,
+        task=row.task,
+        holder=row.owner,
+        left_s=left_s,
+    )
+
+
+def _whole_sets(wanted: set[int], intents: Sequence[Intent]) -> tuple[set[int], list[Intent]]:
+    """Grow the tasks until every open intent is in it wholly or not at all."""
+    grown = set(wanted)
+    while True:
+        touched = [intent for intent in intents if grown & set(intent.tasks)]
+        larger = grown.union(*(intent.tasks for intent in touched))
+        if larger == grown:
+            return grown, touched
+        grown = larger
+
+
+def _require_tasks(group: str, wanted: set[int], rows: Mapping[int, object]) -> None:
+    unknown = sorted(wanted - set(rows))
+    if unknown:
+        raise InvalidSettingError(
+            f"group {group!r} has tasks 0 to {len(rows) - 1}, not {unknown}", setting="tasks", value=unknown
+        )
+
+
+def _group_info(row: Any) -> GroupInfo:
+    return GroupInfo(
+        name=row.name,
+        topics=tuple(msgspec.json.decode(row.topics)),
+        tasks=row.tasks,
+        stateful=bool(row.stateful),
+        created_micros=row.created_micros,
+    )

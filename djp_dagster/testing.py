@@ -1,0 +1,169 @@
+"""The public test kit: an in-memory stream, a virtual clock, crash points, and `run_consumer` for unit tests of handlers.
+
+The in-memory stream is the real one on a private database in memory: what a test sees is what production does.
+"""
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from djp_dagster.claim_check.serializers import load_value
+from djp_dagster.claim_check.stores import LocalPayloadStore
+from djp_dagster.events import Event
+from djp_dagster.processing.consumer import Consumer
+from djp_dagster.processing.crash_points import CRASH_POINTS, CrashPoint, set_hook
+from djp_dagster.processing.processor import BatchReport
+from djp_dagster.processing.run import run_pending
+from djp_dagster.state.store import TaskStore
+from djp_dagster.streams.contracts import DeadLetter
+from djp_dagster.streams.records import Record, TopicPartition, decode_value
+from djp_dagster.streams.sql.groups import changelog_of
+from djp_dagster.streams.stream import EventStream, open_stream
+from djp_dagster.streams.topics import Topic
+
+__all__ = ["CRASH_POINTS", "Clock", "ConsumerRun", "crash_at", "kill_at", "memory_stream", "run_consumer"]
+
+
+class Clock:
+    """A clock that stands still until told otherwise; pass it as ``clock=``.
+
+    Example:
+        >>> clock = Clock(1000.0)
+        >>> clock.advance(60)
+        >>> clock()
+        1060.0
+    """
+
+    def __init__(self, now_s: float = 1_700_000_000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass; backwards, if negative."""
+        self.now_s += seconds
+
+
+@contextmanager
+def memory_stream(*, clock: Clock | None = None) -> Iterator[EventStream]:
+    """A stream in memory, gone at the end of the block; outputs lie in a temporary folder until then."""
+    with tempfile.TemporaryDirectory(prefix="djp-testing-") as folder:
+        stream = open_stream("sqlite://", payloads=LocalPayloadStore(folder), clock=clock)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+
+class ConsumerRun(msgspec.Struct, frozen=True):
+    """What a handler did with the events of `run_consumer`.
+
+    Attributes:
+        emitted: what it emitted, by topic.
+        outputs: what it returned, batch by batch.
+        dead_letters: what it failed on, or failed.
+        state: its state, if it is stateful: all tasks' keys together.
+        batches: the committed batches.
+    """
+
+    emitted: Mapping[str, Sequence[Record]]
+    outputs: Sequence[Any]
+    dead_letters: Sequence[DeadLetter]
+    state: Mapping[Any, Any]
+    batches: Sequence[BatchReport]
+
+
+def run_consumer(
+    consumer: Consumer,
+    events: Sequence[Event] | Mapping[Topic | str, Sequence[Event]],
+    *,
+    resources: Mapping[str, Any] | None = None,
+    clock: Clock | None = None,
+) -> ConsumerRun:
+    """Publish ``events`` to the consumer's topic in memory, run it on them, and return what it did.
+
+    Args:
+        consumer: the consumer under test.
+        events: for its first topic; or by topic.
+        resources: the handler's further parameters.
+        clock: for tests of deadlines.
+
+    Example:
+        >>> from djp_dagster import Topic, consumer
+        >>> numbers, doubled = Topic("numbers"), Topic("doubled")
+        >>> @consumer(topic=numbers, emits=[doubled])
+        ... def double(batch):
+        ...     for record in batch:
+        ...         batch.emit(doubled.event(n=record.data["n"] * 2))
+        >>> [record.data["n"] for record in run_consumer(double, [numbers.event(n=21)]).emitted["doubled"]]
+        [42]
+    """
+    by_topic = events if isinstance(events, Mapping) else {consumer.topics[0]: events}
+    with memory_stream(clock=clock) as stream, tempfile.TemporaryDirectory(prefix="djp-state-") as folder:
+        info = consumer.register(stream)
+        for topic, members in by_topic.items():
+            stream.publish(topic, members)
+        report = run_pending(stream, consumer, resources=resources, state_folder=Path(folder))
+        return ConsumerRun(
+            emitted={topic.name: list(_all_records(stream, topic)) for topic in consumer.emits},
+            outputs=[load_value(stream.payloads, output.payload) for output in stream.outputs(consumer.group)],
+            dead_letters=stream.dead_letters(consumer.group, status=None),
+            state=_state_of(stream, consumer, info.tasks, Path(folder)),
+            batches=report.batches,
+        )
+
+
+def _all_records(stream: EventStream, topic: Topic) -> Iterator[Record]:
+    for partition in range(topic.partitions):
+        yield from stream.records(topic, partition)
+
+
+def _state_of(stream: EventStream, consumer: Consumer, tasks: int, folder: Path) -> dict[Any, Any]:
+    if not consumer.stateful:
+        return {}
+    state: dict[Any, Any] = {}
+    for task in range(tasks):
+        changelog = TopicPartition(changelog_of(consumer.group), task)
+        store = TaskStore(folder / f"restored-{task}.db", stream.log, changelog)
+        store.catch_up()
+        state.update({decode_value(key): decode_value(value) for key, value in store.items()})
+        store.close()
+    return state
+
+
+@contextmanager
+def crash_at(point: CrashPoint, error: BaseException, *, hit: int = 1) -> Iterator[None]:
+    """Raise ``error`` when the protocol comes to ``point`` for the ``hit``-th time within the block."""
+    seen = 0
+
+    def hook(reached: CrashPoint) -> None:
+        nonlocal seen
+        seen += reached == point
+        if reached == point and seen == hit:
+            raise error
+
+    set_hook(hook)
+    try:
+        yield
+    finally:
+        set_hook(None)
+
+
+def kill_at(point: CrashPoint, *, hit: int = 1) -> None:
+    """From now on: SIGKILL this process when the protocol comes to ``point`` for the ``hit``-th time."""
+    seen = 0
+
+    def hook(reached: CrashPoint) -> None:
+        nonlocal seen
+        seen += reached == point
+        if reached == point and seen >= hit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    set_hook(hook)

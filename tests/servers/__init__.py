@@ -1,0 +1,1 @@
+"""Servers and network faults the tests start and stop themselves."""
