@@ -11,7 +11,7 @@ import binascii
 import os
 import re
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from itertools import count
 from typing import Any, cast
 
@@ -24,6 +24,8 @@ _ATTRIBUTES = ("id", "source", "type", "time", "subject", "datacontenttype", "da
 _RESERVED = frozenset((*_ATTRIBUTES, "specversion", "data", "data_base64"))
 _EXTENSION_NAME = re.compile(r"[a-z0-9]{1,20}")
 _JSON_MEDIA_TYPE = re.compile(r"(application|text)/([A-Za-z0-9.\-]+\+)?json\s*(;.*)?", re.IGNORECASE)
+
+_MINUTE = timedelta(minutes=1)
 
 _decode_json = msgspec.json.Decoder().decode
 _encode_json = msgspec.json.Encoder().encode
@@ -121,6 +123,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
             if value is not None:
                 out[name] = value
         out.update(self.ext or {})
+        if self.time is not None and self.time.utcoffset() % _MINUTE:  # type: ignore[operator]
+            out["time"] = self.time.astimezone(timezone.utc)  # RFC 3339 has no seconds in offsets
         if isinstance(self.data, bytes):
             out["data_base64"] = base64.b64encode(self.data).decode()
         elif self.data is not None:
@@ -166,7 +170,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
         """
         try:
             parsed = _decode_json(document)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise InvalidEventError(f"not a JSON document: {error}", attribute=None) from error
         if not isinstance(parsed, dict):
             raise InvalidEventError(f"an event is a JSON object, not {type(parsed).__name__}", attribute=None)

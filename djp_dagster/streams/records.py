@@ -158,6 +158,8 @@ decode_value = msgspec.msgpack.Decoder().decode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
 _decode_records = msgspec.msgpack.Decoder(list[Record]).decode
 _slice = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises: text that is no UTF-8 and bottomless nesting have errors of their own."""
 
 
 def encode_event(event: Event | tuple[Any, ...]) -> bytes:
@@ -238,7 +240,7 @@ def record_sizes(batch: StoredBatch) -> list[int]:
 def _slices(batch: StoredBatch) -> list[msgspec.Raw]:
     try:
         slices = _slice(batch.blob)
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise _corrupt(batch, str(error)) from error
     if len(slices) != batch.count:
         raise _corrupt(batch, f"it holds {len(slices)} records, not {batch.count}")
@@ -274,7 +276,7 @@ def decode_records(
         for offset, record in enumerate(records, first):
             record.offset = offset
             record.origin = origin
-    except msgspec.DecodeError:
+    except _UNDECODABLE:
         return _decode_one_by_one(batch, first, last, origin)
     return records, bad
 
@@ -298,7 +300,7 @@ def decode_one(raw: bytes | msgspec.Raw, offset: int, origin: Origin) -> Record 
     """The record of one encoded event, or what is wrong with its bytes."""
     try:
         record = _decode_record(raw)
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         return Undecodable(offset, origin, bytes(raw), str(error))
     record.offset = offset
     record.origin = origin

@@ -40,7 +40,7 @@ def open_database(database: Database) -> str:
     if schema.meta.name not in existing:
         _create(database, existing)
     with database.read() as connection:
-        values = dict(connection.execute(sa.select(schema.meta.c.key, schema.meta.c.value)).tuples().all())
+        values = {row.key: row.value for row in connection.execute(sa.select(schema.meta))}
     _check_format(database, values)
     database.remember_file()
     return values["incarnation"]

@@ -104,7 +104,7 @@ def _committed(connection: Connection, topic_id: int, partition: int) -> dict[st
         .join(schema.groups, schema.groups.c.group_id == table.c.group_id)
         .where(table.c.topic_id == topic_id, table.c.partition == partition)
     )
-    return dict(connection.execute(query).tuples().all())
+    return {row.name: row.committed for row in connection.execute(query)}
 
 
 def _boundary(connection: Connection, topic_id: int, partition: int, now: int, age_s: float | None) -> int:

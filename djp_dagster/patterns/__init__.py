@@ -1,0 +1,1 @@
+"""What a Dagster user touches, one module per pattern."""
