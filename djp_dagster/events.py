@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -96,7 +96,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
             and self.source
             and self.type
             and type(self.id) is type(self.source) is type(self.type) is str
-            and self.time is self.subject is self.datacontenttype is self.dataschema is self.ext is None
+            and self.time is None
+            and self.subject is None
+            and self.datacontenttype is None
+            and self.dataschema is None
+            and self.ext is None
         ):
             return
         _validate(self)
@@ -113,7 +117,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
             >>> Event(type="t", source="/s", id="1").replace(subject="user/1").subject
             'user/1'
         """
-        return cast(Event, msgspec.structs.replace(self, **attributes))
+        return msgspec.structs.replace(self, **attributes)
 
     def to_dict(self) -> dict[str, Any]:
         """The structured-mode JSON object: attributes and extensions beside ``data`` or ``data_base64``."""
@@ -203,7 +207,7 @@ def _require_text(name: str, value: object) -> None:
         raise _invalid(name, value, "must be a non-empty string")
 
 
-def _validate_extensions(ext: Mapping[str, Any]) -> None:
+def _validate_extensions(ext: Any) -> None:
     if not isinstance(ext, Mapping):
         raise _invalid("ext", ext, "must be a mapping of extension attributes")
     for name, value in ext.items():

@@ -12,7 +12,7 @@ from djp_dagster.streams.stream import EventStream, open_stream
 
 
 def default_folder() -> Path:
-    """Where the stream lies unless told: ``djp/`` under DAGSTER_HOME; ``./.djp`` without one, or with a temporary one."""
+    """Where the stream lies unless told: ``djp/`` under DAGSTER_HOME; ``./.djp`` without a lasting one."""
     home = os.environ.get("DAGSTER_HOME")
     if home and not Path(home).resolve().is_relative_to(Path(gettempdir()).resolve() / "dagster"):
         return Path(home) / "djp"
@@ -31,13 +31,14 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     url: str | None = Field(
         default=None,
-        description="sqlite:///path or postgresql+psycopg://user@host/database; a file under DAGSTER_HOME unless given.",
+        description="sqlite:///path or postgresql+psycopg://user@host/database; a file under DAGSTER_HOME.",
     )
     payload_folder: str | None = Field(
         default=None, description="Where batch outputs lie; beside the stream's file unless given."
     )
     state_folder: str | None = Field(
-        default=None, description="Where stateful consumers keep their local cache; beside the stream's file unless given."
+        default=None,
+        description="Where stateful consumers keep their local cache; beside the stream's file unless given.",
     )
 
     _stream: EventStream | None = PrivateAttr(default=None)

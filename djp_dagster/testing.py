@@ -1,4 +1,4 @@
-"""The public test kit: an in-memory stream, a virtual clock, crash points, and `run_consumer` for unit tests of handlers.
+"""The public test kit: an in-memory stream, a virtual clock, crash points, and `run_consumer` for tests of handlers.
 
 The in-memory stream is the real one on a private database in memory: what a test sees is what production does.
 """
@@ -44,6 +44,7 @@ class Clock:
         self.now_s = now_s
 
     def __call__(self) -> float:
+        """Seconds since 1970."""
         return self.now_s
 
     def advance(self, seconds: float) -> None:

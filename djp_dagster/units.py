@@ -17,6 +17,11 @@ Size = int | float | str
 Duration = int | float | str | timedelta
 
 
+def is_count(value: object) -> bool:
+    """Whether the value is a whole number, and not True or False."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def parse_bytes(value: Size, *, name: str = "bytes") -> int:
     """Bytes from a number or a text with a unit: kB, MB, GB, TB are decimal, KiB, MiB, GiB, TiB binary.
 

@@ -23,7 +23,8 @@ _CHUNK_BYTES = 1 << 20
 class PayloadWriter(Protocol):
     """Takes bytes; like a file opened for writing."""
 
-    def write(self, data: bytes, /) -> int: ...
+    def write(self, data: bytes, /) -> int:
+        """Take in ``data``."""
 
 
 class PayloadStore(Protocol):
@@ -67,8 +68,8 @@ def uploading(store: PayloadStore, key: str, media_type: str) -> Iterator[Payloa
 class LocalPayloadStore:
     """Payloads as files of a folder; on one host or a shared file system.
 
-    A payload is written to a temporary file in the same folder, synced, and renamed to its key: readers see all of it or
-    nothing, and a crash leaves a temporary file that `collect` of a later release removes.
+    A payload is written to a temporary file in the same folder, synced, and renamed to its key: readers see all of it
+    or nothing, and a crash leaves a temporary file whose name begins with ``.upload-``.
 
     Args:
         folder: where the payloads lie; made when first needed.
@@ -122,8 +123,8 @@ def _verify(file: BinaryIO, ref: PayloadRef) -> None:
         size += len(chunk)
     if size != ref.bytes or digest.hexdigest() != ref.sha256:
         raise PayloadCorruptError(
-            f"payload {ref.key!r} has {size} bytes of hash {digest.hexdigest()[:12]}..., its reference says {ref.bytes} "
-            f"of {ref.sha256[:12]}...: it was changed or damaged; restore it from a backup",
+            f"payload {ref.key!r} has {size} bytes of hash {digest.hexdigest()[:12]}..., its reference says "
+            f"{ref.bytes} of {ref.sha256[:12]}...: it was changed or damaged; restore it from a backup",
             key=ref.key,
         )
     file.seek(0)
@@ -153,7 +154,7 @@ class LocalUpload:
         digest = hashlib.file_digest(self._file, "sha256") if hasattr(hashlib, "file_digest") else _digest(self._file)
         size = os.fstat(self._file.fileno()).st_size
         self._file.close()
-        os.replace(self._temporary, self._path)
+        self._temporary.replace(self._path)
         self._temporary = None
         _sync_folder(self._path.parent)
         return PayloadRef(self._key, size, digest.hexdigest(), self._media_type)

@@ -6,7 +6,6 @@ correctness; wiping them all loses nothing.
 """
 
 import hashlib
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
@@ -88,7 +87,7 @@ class _NothingStored(dg.ConfigurableIOManager):
         )
 
 
-def _metadata(report: RunReport) -> Mapping[str, dg.MetadataValue]:  # type: ignore[type-arg]
+def _metadata(report: RunReport) -> Mapping[str, dg.MetadataValue]:
     seconds = sum(batch.seconds for batch in report.batches)
     last = report.batches[-1]
     return {
@@ -122,7 +121,7 @@ def build_stream_sensor(
     """
     job = dg.define_asset_job(
         f"{consumer.group}_job",
-        selection=[asset if asset is not None else consumer.group],
+        selection=dg.AssetSelection.assets(asset if asset is not None else consumer.group),
         executor_def=dg.in_process_executor,
     )
 
@@ -163,17 +162,20 @@ def _what_is_due(stream: EventStream, consumer: Consumer) -> str | None:
     return "requests are open" if coordinator.requests(consumer.group) else None
 
 
-def _request(
-    instance: dg.DagsterInstance, stream: EventStream, consumer: Consumer, reason: str
-) -> dg.SensorResult:
+def _request(instance: dg.DagsterInstance, stream: EventStream, consumer: Consumer, reason: str) -> dg.SensorResult:
     group = consumer.group
     if instance.get_runs(dg.RunsFilter(tags={GROUP_TAG: group}, statuses=_IN_FLIGHT), limit=1):
         return dg.SensorResult(skip_reason="a run is under way")
     digest = _digest(stream, group)
     finished = instance.get_run_records(
-        dg.RunsFilter(tags={GROUP_TAG: group, DIGEST_TAG: digest}, statuses=[
-            dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED,
-        ]),
+        dg.RunsFilter(
+            tags={GROUP_TAG: group, DIGEST_TAG: digest},
+            statuses=[
+                dg.DagsterRunStatus.SUCCESS,
+                dg.DagsterRunStatus.FAILURE,
+                dg.DagsterRunStatus.CANCELED,
+            ],
+        ),
         limit=len(_PAUSES_S) * 20,
     )
     if finished:

@@ -87,7 +87,7 @@ class Batch:
         self._tasks = intent.tasks
         self._source, self._size, self._topics = source, size, topics
         self._state = state
-        self._max_poison, self._blocks = max_poison, blocks
+        self.max_poison, self.blocks = max_poison, blocks
         self._current: Record | None = None
         self.undecodable: dict[Position, Undecodable] = {}
 
@@ -118,16 +118,16 @@ class Batch:
             self.undecodable[record.position] = record
             error_type, error = "UndecodableRecordError", record.error
             self.effects.failed[record.position] = Poison(*record.position, error_type, error)
-        if self._blocks:
+        if self.blocks:
             raise PoisonBlockedError(
                 f"group {self.group!r} stops at record {bad[0].position}, which is no event: {bad[0].error}; skip it "
                 "with stream.seek, or repair it",
                 position=bad[0].position,
             )
-        if len(self.undecodable) > self._max_poison:
+        if len(self.undecodable) > self.max_poison:
             raise SystemicFailureError(
                 f"batch {self.id} of group {self.group!r} holds {len(self.undecodable)} records that are no events, "
-                f"more than max_poison={self._max_poison}: was the stream written by something else?",
+                f"more than max_poison={self.max_poison}: was the stream written by something else?",
                 batch_id=self.id,
             )
 
@@ -135,8 +135,8 @@ class Batch:
         """Publish ``event`` with the commit of this batch, once.
 
         Args:
-            event: what to publish. If its maker gave no id, it gets one derived from what caused it; if no time, that of
-                its cause.
+            event: what to publish. If its maker gave no id, it gets one derived from what caused it; if no time, that
+                of its cause.
             topic: where to; may be left out if the consumer emits to one topic only, or the event's type is its name.
             source: the record that caused it; the one the batch's iterator stands on unless given, else the batch.
 
@@ -227,7 +227,8 @@ class Batch:
 
     def to_pandas(self) -> "pd.DataFrame":
         """The batch as a DataFrame, whole; columns as in `to_arrow`."""
-        return self.to_arrow().to_pandas()
+        frame: pd.DataFrame = self.to_arrow().to_pandas()
+        return frame
 
     def arrow_batches(self, *, rows: int = 65_536, schema: "pa.Schema | None" = None) -> Iterator["pa.RecordBatch"]:
         """The batch as Arrow record batches, in memory bounded by ``rows``, however large the batch.

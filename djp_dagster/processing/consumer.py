@@ -19,6 +19,7 @@ OnPoison = Literal["dead_letter", "block"]
 Handler = Callable[..., Any]
 
 DEFAULT_MAX_BATCH = Threshold(events=100_000, bytes="64MiB")
+DEFAULT_RETRY = RetryPolicy()
 
 
 class Consumer:
@@ -29,6 +30,8 @@ class Consumer:
         group: the consumer group's name.
         topics: the topics it reads, in order.
         emits: the topics it may emit to.
+        wants_batch: whether a per-event handler asks for its batch too.
+        resource_names: the resources the handler asks for.
     """
 
     def __init__(
@@ -55,11 +58,14 @@ class Consumer:
         self.isolate, self.on_poison, self.max_poison = isolate, on_poison, max_poison
         self.retry, self.start, self.max_emit_bytes = retry, start, max_emit_bytes
         self._code_version = code_version
-        self.resource_names = _resource_names(handler)
+        named = _resource_names(handler)
+        self.wants_batch = isolate == "per_event" and "batch" in named
+        self.resource_names = tuple(name for name in named if not (self.wants_batch and name == "batch"))
         self.__name__ = getattr(handler, "__name__", group)
         self.__doc__ = handler.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the handler."""
         return self.handler(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -141,7 +147,7 @@ def consumer(
     isolate: Isolation = "batch",
     on_poison: OnPoison = "dead_letter",
     max_poison: int = 10,
-    retry: RetryPolicy = RetryPolicy(),
+    retry: RetryPolicy = DEFAULT_RETRY,
     start: StartPosition = "earliest",
     max_emit_bytes: Size = "64MiB",
     code_version: str | None = None,
@@ -153,7 +159,8 @@ def consumer(
     ``batch.fencing_token`` are there to make that harmless. Further parameters are resources, given by name.
 
     Args:
-        topic, topics: what it reads; task *i* handles partition *i* of each.
+        topic: what it reads.
+        topics: what it reads, if several; task *i* handles partition *i* of each.
         emits: the topics it may emit to.
         group: the consumer group; the function's name unless given.
         max_batch: bounds every batch in events and bytes; one record at least.

@@ -106,8 +106,8 @@ class Effects:
     def encode_emits(self) -> tuple[EncodedBatch, ...]:
         """The emitted events as record batches, with derived ids.
 
-        An event whose maker gave no id gets one derived from (stream, group, source position, topic, ordinal), or, not
-        tied to a record, from (batch id, topic, ordinal): the same at every attempt.
+        A record passed on keeps its id. An event whose maker gave no id gets one derived from (stream, group, source
+        position, topic, ordinal), or, not tied to a record, from (batch id, topic, ordinal): the same at every attempt.
 
         Raises:
             MissingKeyError, InvalidEventError, EventTooLargeError: naming the event.
@@ -135,7 +135,7 @@ class Effects:
         ids = _DerivedIds(self._scope, topic.name)
         for event, cause in zip(emits.events, emits.causes, strict=True):
             row = _as_tuple(event)
-            if has_generated_id(event):
+            if has_generated_id(event) and type(event) is not Record:
                 time = row[_TIME] if cause is None or row[_TIME] is not None else cause.time
                 row = (ids.of(cause), *row[1:_TIME], time, *row[_TIME + 1 : _FIELDS])
             buckets[partition_for(event)].append(row[:_FIELDS])

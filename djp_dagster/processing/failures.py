@@ -74,8 +74,8 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     def pause_s(self, failures: int) -> float:
         """The pause after that many failures."""
-        longest = min(
-            parse_seconds(self.first) * 2 ** max(failures - 1, 0),
+        longest: float = min(
+            parse_seconds(self.first) * 2.0 ** min(max(failures - 1, 0), 64),
             parse_seconds(self.longest),
         )
         return longest * random.uniform(0.5, 1.0)  # noqa: S311

@@ -72,7 +72,7 @@ class Holding:
         reason: str,
         until: Mapping[TopicPartition, int] | None = None,
     ) -> BatchReport | None:
-        """Cut a batch of ``tasks`` towards ``until`` (the ends as of now, unless given) and do it; None if there is nothing."""
+        """Cut a batch of ``tasks`` towards ``until`` (unless given, the ends as of now) and do it."""
         intent = self._cut(tasks, bound, reason, until)
         if intent is None:
             return None
@@ -134,10 +134,11 @@ class Holding:
     def _redrive(self, request: Request) -> list[BatchReport]:
         reports = []
         ids = cast(Sequence[int], request.body["ids"])
+        before = dict(zip(ids, cast(Sequence[int], request.body["redrives"]), strict=True))
         letters = self._coordinator.dead_letters_by_id(self.lease.group, ids)
         for letter in letters:
-            if letter.status != "pending":
-                continue
+            if letter.status != "pending" or letter.redrives > before[letter.id]:
+                continue  # done, discarded, or tried for this request by a holder that is gone
             # One at a time: what fails again must not take others with it.
             intent = Intent(
                 batch_id=uuid4().hex,

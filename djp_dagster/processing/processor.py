@@ -1,7 +1,6 @@
 """`Processor`: steps 2 to 8 of the protocol, for one batch at a time of one consumer under a lease."""
 
 import contextlib
-import inspect
 import logging
 import os
 import sqlite3
@@ -32,6 +31,7 @@ from djp_dagster.processing.effects import Effects, EmitScope, Position
 from djp_dagster.processing.failures import OUTAGES, describe
 from djp_dagster.state.store import Change, TaskState, TaskStore
 from djp_dagster.streams.contracts import (
+    PROCESS_DIED,
     Commit,
     DeadLetter,
     Intent,
@@ -59,6 +59,7 @@ from djp_dagster.units import Duration, parse_seconds
 
 _log = logging.getLogger(__name__)
 _replace = msgspec.structs.replace
+_DIED = "the process died handling it"
 
 
 class BatchReport(msgspec.Struct, frozen=True):
@@ -128,7 +129,6 @@ class Processor:
         self._input_topics = {topic.name: stream.log.topic(topic.name) for topic in consumer.topics}
         self._stores: dict[int, TaskStore] = {}
         self._scope = f"{stream.incarnation[:12]}/{consumer.group}"
-        self._wants_batch = "batch" in inspect.signature(consumer.handler).parameters
 
     def close(self) -> None:
         """Release the local state files."""
@@ -148,7 +148,8 @@ class Processor:
 
         Args:
             lease: covers the intent's tasks.
-            intent: an open one (``resumed``), or one just begun.
+            intent: an open one, or one just begun.
+            resumed: it was found open, so its next attempt must be begun first.
 
         Raises:
             FencedError: the lease was lost; whoever holds it now continues.
@@ -163,15 +164,17 @@ class Processor:
                     intent = self._search(lease, intent)
                 return self._attempt(lease, intent)
             except OUTAGES as error:
-                self._wait_out(error)
-                intent = self._again(lease, intent)
+                intent = self._after_outage(lease, intent, error)
             except DeadlineOvertakenError:
                 intent = self._cut_longer(lease, intent)
             except _HandlerError as failure:
-                intent = self._after_failure(lease, intent, failure.cause)
+                try:
+                    intent = self._after_failure(lease, intent, failure.cause)
+                except OUTAGES as error:
+                    intent = self._after_outage(lease, intent, error)
             except (SystemicFailureError, PoisonBlockedError):
                 # Forget what was found: after a fix the whole batch is tried again.
-                self._end_attempt(lease, _replace(intent, poison=(), probe=None))
+                self._end_attempt(lease, _replace(intent, poison=(), probe=None, deaths=0))
                 raise
             except BaseException:
                 # Told to stop, not killed: the next holder need not count a death.
@@ -188,16 +191,21 @@ class Processor:
         self._pause((intent.not_before_micros - self._log.now_micros()) / 1e6)
         if intent.deaths < self._consumer.retry.max_attempts or intent.probe is not None:
             return intent
-        return self._after_terminal(lease, intent, "ProcessDied", "the process died handling it")
+        return self._after_terminal(lease, intent, PROCESS_DIED, _DIED)
 
-    def _again(self, lease: Lease, intent: Intent) -> Intent:
+    def _after_outage(self, lease: Lease, intent: Intent, error: DjpError) -> Intent:
         """The next attempt after an outage, which is nobody's failure and nobody's death."""
         while True:
             try:
+                self._wait_out(error)
+            except OUTAGES:
+                self._end_attempt(lease, intent)
+                raise
+            try:
                 self._coordinator.update(lease, _replace(intent, running=False, probe=_idle(intent.probe)))
                 return self._coordinator.resume(lease, intent.batch_id)
-            except OUTAGES as error:
-                self._wait_out(error)
+            except OUTAGES as again:
+                error = again
 
     def _attempt(self, lease: Lease, intent: Intent) -> BatchReport:
         started = time.perf_counter()
@@ -254,8 +262,9 @@ class Processor:
             topics=self._input_topics,
             fencing_token=max(lease.epochs[task] for task in intent.tasks),
             state=state,
-            max_poison=consumer.max_poison,
-            blocks=consumer.on_poison == "block",
+            # A redrive that fails says nothing about what is pending.
+            max_poison=len(letters) if intent.kind == "redrive" else consumer.max_poison,
+            blocks=consumer.on_poison == "block" and intent.kind != "redrive",
         )
         reach("4.handling")
         try:
@@ -272,7 +281,7 @@ class Processor:
         consumer = self._consumer
         if consumer.isolate == "batch":
             return consumer.handler(batch, **self._resources)
-        resources = {**self._resources, "batch": batch} if self._wants_batch else self._resources
+        resources = {**self._resources, "batch": batch} if consumer.wants_batch else self._resources
         for record in batch:
             mark, state_mark = effects.mark(), state.mark() if state is not None else 0
             try:
@@ -289,9 +298,9 @@ class Processor:
 
     def _require_tolerable(self, batch: Batch, record: Record, effects: Effects) -> None:
         poison = effects.failed[record.position]
-        if self._consumer.on_poison == "block":
+        if batch.blocks:
             raise _blocked(self._consumer.group, poison)
-        if len(effects.failed) > self._consumer.max_poison:
+        if len(effects.failed) > batch.max_poison:
             raise self._systemic(batch.id, len(effects.failed), poison.error_type, poison.error)
 
     def _state_of(self, intent: Intent) -> TaskState | None:
@@ -337,7 +346,7 @@ class Processor:
             )
         size = self._searchable(intent)
         if size == 0:
-            self._end_attempt(lease, _replace(intent, poison=(), probe=None))
+            self._end_attempt(lease, _replace(intent, poison=(), probe=None, deaths=0))
             raise self._systemic(intent.batch_id, len(intent.poison), error_type, error)
         return _replace(intent, probe=Probe(0, size, None, error_type, error))
 
@@ -381,37 +390,50 @@ class Processor:
         return sum(part.end - part.start for part in intent.ranges) - len(intent.poison)
 
     def _search(self, lease: Lease, intent: Intent) -> Intent:
-        """Find the first failing record; the intent with it among the poison, ready for another run of the rest."""
+        """Find the first failing record; the intent with it among the poison, ready for another run of the rest.
+
+        A probe that fails with an exception is believed. One whose process died may have been killed for reasons of its
+        own, so it only narrows the search: what it leads to is tried again until that, too, has died as often as the
+        retry budget says, or is cleared.
+        """
         probe = intent.probe
         assert probe is not None
-        skip = _skip(intent)
-        while probe.bad - probe.good > 1:
-            middle = (probe.good + probe.bad) // 2
-            intent = _replace(intent, probe=_replace(probe, trying=middle))
+        size, skip = self._searchable(intent), _skip(intent)
+        while (step := _next_step(probe, self._consumer.retry.max_attempts)) is not None:
+            probe, length = step
+            intent = _replace(intent, probe=probe)
             self._coordinator.update(lease, intent)
             try:
-                self._handle(lease, intent, prefix(intent.ranges, skip, middle), skip & _covered(intent, skip, middle))
-                probe = _replace(probe, good=middle, trying=None)
+                self._handle(lease, intent, prefix(intent.ranges, skip, length), _inside(intent, skip, length))
             except _HandlerError as failure:
                 if self._consumer.retry.judge(failure.cause) == "transient":
                     raise
-                error_type, text = describe(failure.cause)
-                probe = Probe(probe.good, middle, None, error_type, text)
+                probe = Probe(probe.good, length, None, *describe(failure.cause))
+                continue
+            if length < probe.bad:
+                probe = _replace(probe, good=length, trying=None, died=0)
+            elif length < size:
+                probe = Probe(length, size, None, PROCESS_DIED, _DIED)  # a false trail; what fails lies behind it
+            else:
+                return self._without_probe(lease, intent)
         position = nth_position(intent.ranges, skip, probe.bad - 1)
         found = Poison(*position, probe.error_type, probe.error)
         if self._consumer.on_poison == "block":
             raise _blocked(intent.group, found)
         if len(intent.poison) >= self._consumer.max_poison:
             raise self._systemic(intent.batch_id, len(intent.poison), found.error_type, found.error)
-        intent = _replace(intent, probe=None, poison=(*intent.poison, found), deaths=0)
+        return self._without_probe(lease, _replace(intent, poison=(*intent.poison, found)))
+
+    def _without_probe(self, lease: Lease, intent: Intent) -> Intent:
+        intent = _replace(intent, probe=None, deaths=0)
         self._coordinator.update(lease, intent)
         return intent
 
     def _systemic(self, batch_id: str, count: int, error_type: str, error: str) -> SystemicFailureError:
         return SystemicFailureError(
             f"batch {batch_id} of group {self._consumer.group!r} fails beyond {count} poison records "
-            f"(max_poison={self._consumer.max_poison}), last with {error_type}: {error}; nothing was dead-lettered. Fix "
-            "the handler or what it depends on, or raise max_poison",
+            f"(max_poison={self._consumer.max_poison}), last with {error_type}: {error}; nothing was dead-lettered. "
+            "Fix the handler or what it depends on, or raise max_poison",
             batch_id=batch_id,
             group=self._consumer.group,
             error_type=error_type,
@@ -474,9 +496,10 @@ class Processor:
                     return
                 unclear = True
                 self._coordinator.commit(commit)
-                return
             except OUTAGES as error:
                 self._wait_out(error)
+            else:
+                return
 
     # Step 7: apply.
 
@@ -521,14 +544,26 @@ class _HandlerError(Exception):
 
 
 def _idle(probe: Probe | None) -> Probe | None:
-    return None if probe is None else _replace(probe, trying=None)
+    return None if probe is None else _replace(probe, trying=None, died=0)
+
+
+def _next_step(probe: Probe, budget: int) -> tuple[Probe, int] | None:
+    """The next probe and the length of its prefix; None when ``bad - 1`` is the record at fault."""
+    if probe.trying is not None and probe.trying < probe.bad:
+        probe = Probe(probe.good, probe.trying, None, PROCESS_DIED, _DIED)
+    if probe.bad - probe.good > 1:
+        length = (probe.good + probe.bad) // 2
+        return _replace(probe, trying=length, died=0), length
+    if probe.error_type == PROCESS_DIED and probe.died < budget:
+        return _replace(probe, trying=probe.bad), probe.bad
+    return None
 
 
 def _skip(intent: Intent) -> frozenset[Position]:
     return frozenset(found.position for found in intent.poison)
 
 
-def _covered(intent: Intent, skip: frozenset[Position], length: int) -> frozenset[Position]:
+def _inside(intent: Intent, skip: frozenset[Position], length: int) -> frozenset[Position]:
     """The skipped positions inside the prefix of that length."""
     inside = prefix(intent.ranges, skip, length)
     return frozenset(

@@ -12,6 +12,8 @@ from djp_dagster.streams.contracts import DeadLetter
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
+_PAGE = 1000
+
 
 def request_redrive(stream: EventStream, group: str, ids: Sequence[int] | None = None) -> list[int]:
     """Ask whoever works for ``group`` to redrive dead letters; the numbers of the requests.
@@ -25,9 +27,9 @@ def request_redrive(stream: EventStream, group: str, ids: Sequence[int] | None =
         UnknownDeadLetterError: naming those that are not pending dead letters of the group.
     """
     if ids is None:
-        letters = stream.dead_letters(group)
+        letters = _pending(stream, group)
     else:
-        letters = [one for one in stream.coordinator.dead_letters_by_id(group, ids) if one.status == "pending"]
+        letters = [one for one in _by_id(stream, group, ids) if one.status == "pending"]
         missing = sorted(set(ids) - {letter.id for letter in letters})
         if missing:
             raise UnknownDeadLetterError(
@@ -35,12 +37,40 @@ def request_redrive(stream: EventStream, group: str, ids: Sequence[int] | None =
                 group=group,
                 ids=missing,
             )
-    by_task: dict[int, list[int]] = {}
+    by_task: dict[int, list[DeadLetter]] = {}
     for letter in letters:
-        by_task.setdefault(letter.partition, []).append(letter.id)
+        by_task.setdefault(letter.partition, []).append(letter)
     return [
-        stream.coordinator.request(group, "redrive", {"task": task, "ids": numbers})
-        for task, numbers in sorted(by_task.items())
+        stream.coordinator.request(group, "redrive", _body(task, members[start : start + _PAGE]))
+        for task, members in sorted(by_task.items())
+        for start in range(0, len(members), _PAGE)
+    ]
+
+
+def _body(task: int, letters: Sequence[DeadLetter]) -> dict[str, object]:
+    # How often each was redriven before tells a holder that takes over which ones this request has tried.
+    return {
+        "task": task,
+        "ids": [letter.id for letter in letters],
+        "redrives": [letter.redrives for letter in letters],
+    }
+
+
+def _pending(stream: EventStream, group: str) -> list[DeadLetter]:
+    letters: list[DeadLetter] = []
+    while True:
+        after = letters[-1].id if letters else 0
+        page = stream.coordinator.dead_letters(group, status="pending", after=after, limit=_PAGE)
+        letters += page
+        if len(page) < _PAGE:
+            return letters
+
+
+def _by_id(stream: EventStream, group: str, ids: Sequence[int]) -> list[DeadLetter]:
+    return [
+        letter
+        for start in range(0, len(ids), _PAGE)
+        for letter in stream.coordinator.dead_letters_by_id(group, ids[start : start + _PAGE])
     ]
 
 
@@ -64,8 +94,7 @@ def redrive(
         UnknownDeadLetterError: naming those that are not pending.
         LeaseBusyError: a holder did not get to it within ``wait``.
     """
-    before = stream.dead_letters(consumer.group) if ids is None else None
-    numbers = [letter.id for letter in before] if before is not None else list(ids or ())
+    numbers = [letter.id for letter in _pending(stream, consumer.group)] if ids is None else sorted(set(ids))
     requests = request_redrive(stream, consumer.group, numbers)
     give_up = time.monotonic() + parse_seconds(wait, name="wait")
     while any(stream.coordinator.request_status(number) == "open" for number in requests):
@@ -75,4 +104,4 @@ def redrive(
             if time.monotonic() >= give_up:
                 raise
             time.sleep(0.2)
-    return stream.coordinator.dead_letters_by_id(consumer.group, numbers)
+    return _by_id(stream, consumer.group, numbers)

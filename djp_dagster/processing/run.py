@@ -92,7 +92,8 @@ def run_pending(
     keeper = LeaseKeeper(stream.coordinator, owner=owner or new_owner(), ttl_s=parse_seconds(lease, name="lease"))
     processor = Processor(stream, consumer, resources=resources, state_folder=state_folder, stop=stop)
     with closing(processor), keeper:
-        held = _lease_all(stream, consumer, keeper, until, parse_seconds(wait, name="wait"), stop)
+        asked = None if only_requests else until
+        held = _lease_all(stream, consumer, keeper, asked, parse_seconds(wait, name="wait"), stop)
         if isinstance(held, str):
             return RunReport((), waited_for=held)
         reach("1.leased")
@@ -121,22 +122,26 @@ def _lease_all(
     stream: EventStream,
     consumer: Consumer,
     keeper: LeaseKeeper,
-    until: Mapping[TopicPartition, int],
+    until: Mapping[TopicPartition, int] | None,
     wait_s: float,
     stop: threading.Event,
 ) -> Lease | str:
-    """The lease of all tasks; or who held them and did everything up to ``until``."""
+    """The lease of all tasks; or who held them and did everything up to ``until`` (None: nobody can have)."""
     give_up = time.monotonic() + wait_s
     pause_s = 0.02
     while True:
         try:
             return keeper.acquire(consumer.group)
         except LeaseBusyError as busy:
-            committed = stream.positions(consumer.group)
-            if all(committed[at] >= end for at, end in until.items()):
+            if until is not None and _is_done(stream, consumer, until):
                 _log.info("%s has done the work", busy.facts["holder"])
                 return str(busy.facts["holder"])
             if time.monotonic() >= give_up or stop.is_set():
                 raise
         stop.wait(pause_s)
         pause_s = min(pause_s * 1.5, 0.5)
+
+
+def _is_done(stream: EventStream, consumer: Consumer, until: Mapping[TopicPartition, int]) -> bool:
+    committed = stream.positions(consumer.group)
+    return all(committed[at] >= end for at, end in until.items())

@@ -95,10 +95,17 @@ def _data_columns(records: Sequence[Record]) -> dict[str, "pa.Array[Any]"]:
     for value in values:
         if value.keys() - names.keys():
             names.update(dict.fromkeys(value))
-    return {
-        f"data_{name}" if name in EVENT_COLUMNS else name: _array(name, [value.get(name) for value in values])
-        for name in names
-    }
+    columns: dict[str, pa.Array[Any]] = {}
+    for name in names:
+        column = f"data_{name}" if name in EVENT_COLUMNS else name
+        if column != name and column in names:
+            raise TableSchemaError(
+                f"fields {name!r} and {column!r} of data would both become column {column!r}; rename one, or iterate "
+                "over the records",
+                field=name,
+            )
+        columns[column] = _array(name, [value.get(name) for value in values])
+    return columns
 
 
 def _array(name: str, values: list[Any]) -> "pa.Array[Any]":

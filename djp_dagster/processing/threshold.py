@@ -4,15 +4,15 @@ import msgspec
 
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.streams.contracts import Backlog
-from djp_dagster.units import Duration, Size, parse_bytes, parse_seconds
+from djp_dagster.units import Duration, Size, is_count, parse_bytes, parse_seconds
 
 
 class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes, events, age or idle time, whichever is reached first.
 
-    As a trigger it says when a batch is cut; as a bound, ``bytes`` and ``events`` say how much a batch holds at most (one
-    record at least). Age counts from when the oldest pending record was appended, by the stream's clock, so it survives
-    restarts; idle from when the newest was.
+    As a trigger it says when a batch is cut; as a bound, ``bytes`` and ``events`` say how much a batch holds at most
+    (one record at least). Age counts from when the oldest pending record was appended, by the stream's clock, so it
+    survives restarts; idle from when the newest was.
 
     Args:
         bytes: encoded size, a number or ``"100MB"``, ``"64MiB"``.
@@ -50,7 +50,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def max_events(self) -> int | None:
         """``events``, checked to be a whole number."""
-        if self.events is not None and (not isinstance(self.events, int) or isinstance(self.events, bool)):
+        if self.events is not None and not is_count(self.events):
             raise InvalidSettingError(
                 f"Threshold(events={self.events!r}) must be a whole number", setting="events", value=self.events
             )
@@ -67,7 +67,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.idle is None else parse_seconds(self.idle, name="idle")
 
     def reached(self, backlog: Backlog) -> str | None:
-        """Which limit the backlog has reached: ``bytes``, ``events``, ``age`` or ``idle``; None if none or nothing is pending."""
+        """Which limit the backlog has reached: ``bytes``, ``events``, ``age`` or ``idle``; None if none."""
         if backlog.events == 0:
             return None
         if self.max_bytes is not None and backlog.bytes is not None and backlog.bytes >= self.max_bytes:

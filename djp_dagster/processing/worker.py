@@ -1,4 +1,4 @@
-"""`Worker`: worker mode. A resident loop over one or several consumers; batches of one task, as soon as there is something.
+"""`Worker`: worker mode. A resident loop over consumers; batches of one task, as soon as there is something.
 
 Workers of a group share its tasks evenly: each states every third of a lease that it is there, counts how many are, and
 gives away what exceeds its share at the next batch boundary. A worker that dies is missed after one lease.

@@ -57,7 +57,7 @@ class TaskStore:
             db.execute("COMMIT")
             version, incarnation = db.execute("SELECT version, incarnation FROM lineage").fetchone()
             if (version, incarnation) != (_SCHEMA_VERSION, self._log.incarnation):
-                raise self._mismatch(f"it is of stream {incarnation} (format {version})")
+                raise self._mismatch(f"it is of stream {incarnation} (format {version})")  # noqa: TRY301
         except BaseException:
             db.close()
             raise
@@ -112,7 +112,7 @@ class TaskStore:
                 (reached, expected, self._log.incarnation),
             ).rowcount
             if moved != 1:
-                raise self._mismatch(f"changes from offset {expected} do not follow what it holds")
+                raise self._mismatch(f"changes from offset {expected} do not follow what it holds")  # noqa: TRY301
             self._db.executemany(
                 "INSERT OR REPLACE INTO kv VALUES (?, ?)",
                 [(key, value) for key, value in updates.items() if value is not None],

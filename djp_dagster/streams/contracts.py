@@ -1,4 +1,4 @@
-"""The two contracts every stream backend fills: `EventLog`, what happened, and `Coordinator`, what has been done about it.
+"""The two contracts of a stream backend: `EventLog`, what happened, and `Coordinator`, what has been done about it.
 
 Both speak in plain data, below. Nothing here knows SQL; nothing above this module may know which backend it talks to.
 All times are whole microseconds since 1970 by the *store's* clock.
@@ -121,7 +121,8 @@ class EventLog(Protocol):
     """Topics, partitions, offsets and records. Safe to use from any thread and process."""
 
     @property
-    def capabilities(self) -> Capabilities: ...
+    def capabilities(self) -> Capabilities:
+        """What this backend can do."""
 
     @property
     def incarnation(self) -> str:
@@ -246,14 +247,24 @@ class Poison(msgspec.Struct, frozen=True, array_like=True):
         return (self.topic, self.partition, self.offset)
 
 
+PROCESS_DIED = "ProcessDied"
+"""The error type of what is only known to have taken its process with it."""
+
+
 class Probe(msgspec.Struct, frozen=True, array_like=True):
-    """A search for the first failing record: prefixes up to ``good`` pass, ``bad`` fails; ``trying`` is under way."""
+    """A search for the first failing record: prefixes up to ``good`` pass, ``bad`` fails; ``trying`` is under way.
+
+    Attributes:
+        error_type, error: how the prefix of length ``bad`` failed.
+        died: how often a process died at ``trying``.
+    """
 
     good: int
     bad: int
     trying: int | None
     error_type: str = ""
     error: str = ""
+    died: int = 0
 
 
 class Intent(msgspec.Struct, frozen=True):
@@ -405,7 +416,7 @@ class Coordinator(Protocol):
         """All groups, by name."""
 
     def delete_group(self, name: str) -> None:
-        """Delete the group with its offsets, dead letters and output references; raises `LeaseBusyError` while leased."""
+        """Delete the group, its offsets, dead letters and output references; raises `LeaseBusyError` while leased."""
 
     def positions(self, group: str) -> dict[TopicPartition, int]:
         """The committed offsets."""
@@ -454,7 +465,7 @@ class Coordinator(Protocol):
         """
 
     def settle(self, commit: Commit) -> bool:
-        """After an unclear `commit`: True it took effect, False it did not and may be sent again; else `FencedError`."""
+        """After an unclear `commit`: True, it took effect; False, it did not, send it again; else `FencedError`."""
 
     def seek(self, group: str, owner: str, to: Start | Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """Move the committed offsets of a group nobody works on; drops nothing else. Bumps every epoch.

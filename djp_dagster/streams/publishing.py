@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from zlib import crc32
 
 from djp_dagster.errors import InvalidEventError, StreamBusyError, StreamUnavailableError
 from djp_dagster.events import Event
 from djp_dagster.partitioning import partition_of
-from djp_dagster.streams.contracts import Appended, EventLog, ProducerStamp, TopicInfo
+from djp_dagster.streams.contracts import Appended, EventLog, TopicInfo
 from djp_dagster.streams.records import EncodedBatch, Record, encode_batches
 from djp_dagster.streams.topics import key_of
 
 if TYPE_CHECKING:
     from djp_dagster.streams.topics import Topic
+
+_T = TypeVar("_T")
 
 
 def route(topic: "TopicInfo | Topic", events: Iterable[Event], *, max_event_bytes: int) -> Iterator[EncodedBatch]:
@@ -67,7 +69,7 @@ def _bare(given: object) -> Event:
     if isinstance(given, Event):
         return Event(**{name: getattr(given, name) for name in Event.__struct_fields__})
     raise InvalidEventError(
-        f"only Event objects can be published, not {type(given).__name__}; make one with Topic.event(...) or Event(...)",
+        f"only Event objects can be published, not {type(given).__name__}; make one with Topic.event(...)",
         attribute=None,
     )
 
@@ -127,18 +129,19 @@ class Producer:
                 sequence.
         """
         wanted = self._stamp.sequence + 1 if sequence is None else sequence
-        info = self._log.topic(topic)
+        give_up = time.monotonic() + self._retry_for_s
+        info = self._until_known(lambda: self._log.topic(topic), give_up)
         batches = list(route(info, events, max_event_bytes=info.max_event_bytes))
-        appended = self._append_until_known(batches, self._stamp._replace(sequence=wanted))
+        stamp = self._stamp._replace(sequence=wanted)
+        appended = self._until_known(lambda: self._log.append(batches, stamp), give_up)
         self._stamp = self._stamp._replace(sequence=max(wanted, self._stamp.sequence))
         return appended
 
-    def _append_until_known(self, batches: Sequence[EncodedBatch], stamp: ProducerStamp) -> list[Appended]:
-        give_up = time.monotonic() + self._retry_for_s
+    def _until_known(self, ask: Callable[[], _T], give_up: float) -> _T:
         pause_s = 0.05
         while True:
             try:
-                return self._log.append(batches, stamp)
+                return ask()
             except (StreamUnavailableError, StreamBusyError):
                 if time.monotonic() + pause_s > give_up:
                     raise

@@ -53,7 +53,7 @@ class Origin(msgspec.Struct, frozen=True, gc=False):
     """Incarnation and group: what makes an idempotency key differ between streams and consumers."""
 
 
-class Record(Event, frozen=False, kw_only=True, array_like=True, gc=False, eq=False):
+class Record(Event, frozen=False, kw_only=True, array_like=True, gc=False, eq=False):  # type: ignore[misc]
     """An event as read from the stream: `Event` plus topic, partition, offset, append time and idempotency key.
 
     Treat it as immutable like any event: only the reader, which stamps the position on a million of them a second, may

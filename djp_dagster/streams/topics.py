@@ -9,7 +9,7 @@ import msgspec
 from djp_dagster.errors import InvalidSettingError, MissingKeyError
 from djp_dagster.events import Event
 from djp_dagster.partitioning import partition_of
-from djp_dagster.units import Duration, Size, parse_bytes, parse_seconds
+from djp_dagster.units import Duration, Size, is_count, parse_bytes, parse_seconds
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 MAX_PARTITIONS = 4096
@@ -70,7 +70,7 @@ class Topic(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         check_name("topic", self.name)
-        if not isinstance(self.partitions, int) or not 1 <= self.partitions <= MAX_PARTITIONS:
+        if not is_count(self.partitions) or not 1 <= self.partitions <= MAX_PARTITIONS:
             raise InvalidSettingError(
                 f"topic {self.name!r}: partitions={self.partitions!r} must be 1 to {MAX_PARTITIONS}",
                 setting="partitions",
@@ -97,7 +97,8 @@ class Topic(msgspec.Struct, frozen=True):
         """An event of this topic: its type is the topic's name, its source ``/topics/<name>``.
 
         Args:
-            data: the payload, for fields that are no Python names; ``**fields`` are added to it.
+            data: the payload, for fields that are no Python names.
+            **fields: the payload, or what is added to it.
         """
         return Event(type=self.name, source=f"/topics/{self.name}", data={**data, **fields} if data else fields)
 

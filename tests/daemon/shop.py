@@ -45,8 +45,6 @@ defs = dg.Definitions(
     assets=[djp.build_stream_asset(counts)],
     sensors=[djp.build_stream_sensor(counts, default_status=dg.DefaultSensorStatus.RUNNING)],
     resources={
-        "event_stream": djp.SqlEventStream(
-            url=f"sqlite:///{FOLDER / 'stream.db'}", state_folder=str(FOLDER / "state")
-        )
+        "event_stream": djp.SqlEventStream(url=f"sqlite:///{FOLDER / 'stream.db'}", state_folder=str(FOLDER / "state"))
     },
 )

@@ -17,7 +17,7 @@ from djp_dagster.errors import (
 )
 from djp_dagster.streams.contracts import TopicInfo
 from djp_dagster.streams.sql import schema
-from djp_dagster.streams.sql.database import Database
+from djp_dagster.streams.sql.database import Database, new_id
 from djp_dagster.streams.topics import Retention, Topic
 from djp_dagster.units import parse_bytes
 
@@ -43,7 +43,7 @@ def open_database(database: Database) -> str:
         values = {row.key: row.value for row in connection.execute(sa.select(schema.meta))}
     _check_format(database, values)
     database.remember_file()
-    return values["incarnation"]
+    return str(values["incarnation"])
 
 
 def _existing_tables(connection: Connection) -> set[str]:
@@ -137,7 +137,7 @@ class TopicCatalog:
         )
         rows = [
             {
-                "topic_id": result.inserted_primary_key[0],
+                "topic_id": new_id(result),
                 "partition": partition,
                 "begin_offset": 0,
                 "end_offset": 0,

@@ -17,7 +17,7 @@ from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.groups import SqlGroups, decode_intent, encode_json, fenced
 
 _intents, _tasks, _positions = schema.intents, schema.tasks, schema.positions
-_g = sa.bindparam("g")
+_g: sa.BindParameter[int] = sa.bindparam("g")
 
 _insert_intent = sa.insert(_intents)
 _select_intent = sa.select(_intents).where(_intents.c.batch_id == sa.bindparam("b"), _intents.c.group_id == _g)
@@ -154,7 +154,7 @@ class SqlCommits(SqlGroups):
         """
         latest = max(deadline.due_micros for deadline in commit.intent.deadlines)
         inputs = {(self.log.catalog.id_of(r.topic), r.partition) for r in commit.intent.ranges}
-        appended_to = [batch for batch in (*commit.emits, *(batch for batch, _ in commit.changelog))]
+        appended_to = [*commit.emits, *(batch for batch, _ in commit.changelog)]
         others = {(self.log.catalog.id_of(batch.topic), batch.partition) for batch in appended_to}
         table = schema.partitions
         for topic_id, partition in sorted(inputs | others):
@@ -262,23 +262,17 @@ class SqlCommits(SqlGroups):
         """See `Coordinator.next_deadline`."""
         with self.database.read() as connection:
             parameters = {"g": self.id_of(group), "of_tasks": list(tasks)}
-            return connection.execute(_next_due, parameters).scalar_one()
+            due: int | None = connection.execute(_next_due, parameters).scalar_one()
+            return due
 
 
 def _next_attempt(intent: Intent) -> Intent:
-    """The intent as its next attempt begins: one that never said how it ended counts as a death.
-
-    A probe under way at a death has failed; a probe released on purpose is simply tried again.
-    """
+    """The intent as its next attempt begins: one that never said how it ended counts as a death, of its probe too."""
     probe, deaths = intent.probe, intent.deaths
     if intent.running:
         deaths += 1
         if probe is not None and probe.trying is not None:
-            probe = msgspec.structs.replace(
-                probe, bad=probe.trying, trying=None, error_type="ProcessDied", error="the process died handling it"
-            )
-    elif probe is not None:
-        probe = msgspec.structs.replace(probe, trying=None)
+            probe = msgspec.structs.replace(probe, died=probe.died + 1)
     return msgspec.structs.replace(intent, attempt=intent.attempt + 1, running=True, deaths=deaths, probe=probe)
 
 

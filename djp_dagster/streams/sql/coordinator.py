@@ -10,6 +10,7 @@ from djp_dagster.errors import InvalidSettingError
 from djp_dagster.streams.contracts import DeadLetter, Lease, Output, PayloadRef, Request
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.commit import SqlCommits
+from djp_dagster.streams.sql.database import new_id
 from djp_dagster.streams.sql.groups import encode_json
 
 _letters, _outputs, _requests = schema.dead_letters, schema.outputs, schema.requests
@@ -72,18 +73,17 @@ class SqlCoordinator(SqlCommits):
 
     def request(self, group: str, kind: str, body: Mapping[str, object]) -> int:
         """See `Coordinator.request`."""
-        group_id = self.id_of(group)
         with self.database.write() as connection:
             values = {
-                "group_id": group_id,
+                "group_id": self._id_in(connection, group),
                 "kind": kind,
                 "body": encode_json(body).decode(),
                 "status": "open",
                 "created_micros": self.database.now_micros(connection),
             }
-            number = connection.execute(sa.insert(_requests).values(values)).inserted_primary_key[0]
+            number = new_id(connection.execute(sa.insert(_requests).values(values)))
             self.database.notify(connection)
-        return int(number)
+        return number
 
     def requests(self, group: str, *, status: str = "open") -> list[Request]:
         """See `Coordinator.requests`."""

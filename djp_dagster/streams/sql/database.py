@@ -283,7 +283,7 @@ def _forget_connections_after_fork(engine: Engine) -> None:
 
 def _file_identity(path: Path) -> tuple[int, int] | None:
     try:
-        status = os.stat(path)
+        status = path.stat()
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
@@ -311,6 +311,13 @@ def _legacy_error_name(message: str) -> str:
 
 def _first_line(error: sa.exc.DBAPIError) -> str:
     return str(error.orig).strip().split("\n", 1)[0]
+
+
+def new_id(inserted: sa.CursorResult[Any]) -> int:
+    """The number the database gave the row just inserted."""
+    key = inserted.inserted_primary_key
+    assert key is not None
+    return int(key[0])
 
 
 def is_ambiguous(error: DjpError) -> bool:

@@ -32,13 +32,13 @@ from djp_dagster.streams.contracts import (
 )
 from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.sql import schema
-from djp_dagster.streams.sql.database import Database
+from djp_dagster.streams.sql.database import Database, new_id
 from djp_dagster.streams.sql.log import SqlEventLog, backlog_of
 from djp_dagster.streams.topics import INTERNAL_PREFIX, Topic, check_name
 
 _groups, _tasks, _positions, _members = schema.groups, schema.tasks, schema.positions, schema.members
 _parts, _rows, _intents = schema.partitions, schema.record_batches, schema.intents
-_g = sa.bindparam("g")
+_g: sa.BindParameter[int] = sa.bindparam("g")
 
 encode_json = msgspec.json.Encoder().encode
 decode_intent = msgspec.json.Decoder(Intent).decode
@@ -113,16 +113,29 @@ class SqlGroups:
         group_id = self._ids.get(name)
         if group_id is None:
             with self.database.read() as connection:
-                query = sa.select(_groups.c.group_id).where(_groups.c.name == name)
-                group_id = connection.execute(query).scalar_one_or_none()
-            if group_id is None:
-                raise UnknownGroupError(
-                    f"consumer group {name!r} does not exist in stream {self.database.label}; "
-                    "it is created when its consumer first runs, or with stream.ensure_group(...)",
-                    group=name,
-                )
-            self._ids[name] = group_id
+                group_id = self._id_in(connection, name)
         return group_id
+
+    def _id_in(self, connection: Connection, name: str) -> int:
+        """The group's number as of now: others may have deleted it, and made it anew, since it was last looked up."""
+        return int(self._row_in(connection, name).group_id)
+
+    def _row_in(self, connection: Connection, name: str) -> sa.Row[Any]:
+        row = connection.execute(sa.select(_groups).where(_groups.c.name == name)).one_or_none()
+        if row is None:
+            self._ids.pop(name, None)
+            raise UnknownGroupError(
+                f"consumer group {name!r} does not exist in stream {self.database.label}; "
+                "it is created when its consumer first runs, or with stream.ensure_group(...)",
+                group=name,
+            )
+        self._ids[name] = row.group_id
+        return row
+
+    def _rows_of(self, connection: Connection, query: sa.Select[Any], group: str) -> Sequence[sa.Row[Any]]:
+        """Rows that every group has."""
+        found = connection.execute(query, {"g": self.id_of(group)}).all()
+        return found or connection.execute(query, {"g": self._id_in(connection, group)}).all()
 
     def ensure_group(self, spec: GroupSpec) -> GroupInfo:
         """See `Coordinator.ensure_group`."""
@@ -166,7 +179,7 @@ class SqlGroups:
                 "stateful": spec.stateful,
                 "created_micros": now,
             }
-            group_id = connection.execute(sa.insert(_groups).values(values)).inserted_primary_key[0]
+            group_id = new_id(connection.execute(sa.insert(_groups).values(values)))
             connection.execute(
                 sa.insert(_positions),
                 [
@@ -197,13 +210,7 @@ class SqlGroups:
     def group(self, name: str) -> GroupInfo:
         """See `Coordinator.group`."""
         with self.database.read() as connection:
-            row = connection.execute(sa.select(_groups).where(_groups.c.name == name)).one_or_none()
-        if row is None:
-            self._ids.pop(name, None)
-            self.id_of(name)
-        else:
-            self._ids[name] = row.group_id
-        return _group_info(row)
+            return _group_info(self._row_in(connection, name))
 
     def groups(self) -> list[GroupInfo]:
         """See `Coordinator.groups`."""
@@ -212,36 +219,59 @@ class SqlGroups:
 
     def delete_group(self, name: str) -> None:
         """See `Coordinator.delete_group`."""
-        group_id = self.id_of(name)
         with self.database.write() as connection:
-            self._require_free(connection, name, group_id, also_intents=False)
-            for table in (
-                _positions,
-                _tasks,
-                _members,
-                _intents,
-                schema.deadlines,
-                schema.dead_letters,
-                schema.outputs,
-                schema.requests,
-                _groups,
-            ):
-                connection.execute(sa.delete(table).where(table.c.group_id == group_id))
+            group_id = self._id_in(connection, name)
+            busy = self._holder_of(connection, name, group_id)
+            if busy is None:
+                for table in (
+                    _positions,
+                    _tasks,
+                    _members,
+                    _intents,
+                    schema.deadlines,
+                    schema.dead_letters,
+                    schema.outputs,
+                    schema.requests,
+                    _groups,
+                ):
+                    connection.execute(sa.delete(table).where(table.c.group_id == group_id))
+        if busy is not None:
+            raise busy
         self._ids.pop(name, None)
 
-    def _require_free(self, connection: Connection, name: str, group_id: int, *, also_intents: bool) -> None:
+    def _holder_of(self, connection: Connection, name: str, group_id: int) -> LeaseBusyError | None:
+        """Who holds a task of the group, to be raised after the transaction; locks the tasks."""
         now = self.database.now_micros(connection)
-        for row in connection.execute(_task_rows.with_for_update(), {"g": group_id}):
+        for row in connection.execute(_task_rows.with_for_update(), {"g": group_id}).all():
             if _is_held(row, now):
-                raise _busy(name, row, now)
-        if also_intents and (body := connection.execute(_open_intents, {"g": group_id}).scalars().first()):
+                self._shorten(connection, row, now)
+                return _busy(name, row, now)
+        return None
+
+    def _open_batch_of(self, connection: Connection, name: str, group_id: int) -> LeaseBusyError | None:
+        """An open batch of the group, to be raised, unless it can never finish: retention has removed its records."""
+        for body in connection.execute(_open_intents, {"g": group_id}).scalars().all():
             intent = decode_intent(body)
-            raise LeaseBusyError(
-                f"group {name!r} has an open batch {intent.batch_id} (attempt {intent.attempt}); let it finish first",
-                group=name,
-                holder=None,
-                batch_id=intent.batch_id,
-            )
+            if not self._is_lost(connection, intent):
+                return LeaseBusyError(
+                    f"group {name!r} has an open batch {intent.batch_id} (attempt {intent.attempt}); "
+                    "let it finish first",
+                    group=name,
+                    holder=None,
+                    batch_id=intent.batch_id,
+                )
+        return None
+
+    def _is_lost(self, connection: Connection, intent: Intent) -> bool:
+        query = sa.select(_parts.c.begin_offset).where(
+            _parts.c.topic_id == sa.bindparam("t"), _parts.c.partition == sa.bindparam("p")
+        )
+        return any(
+            part.start
+            < connection.execute(query, {"t": self.log.catalog.id_of(part.topic), "p": part.partition}).scalar_one()
+            for part in intent.ranges
+            if part.start < part.end
+        )
 
     def positions(self, group: str) -> dict[TopicPartition, int]:
         """See `Coordinator.positions`."""
@@ -251,21 +281,20 @@ class SqlGroups:
             .order_by(_positions.c.topic_id, _positions.c.partition)
         )
         with self.database.read() as connection:
-            found = connection.execute(query, {"g": self.id_of(group)}).all()
+            found = self._rows_of(connection, query, group)
         name_of = self.log.catalog.name_of
-        return {TopicPartition(name_of(topic), partition): committed for topic, partition, committed in found}
+        return {TopicPartition(name_of(row.topic_id), row.partition): row.committed for row in found}
 
     def pending(self, group: str) -> Backlog:
         """See `Coordinator.pending`."""
-        group_id = self.id_of(group)
         with self.database.read() as connection:
-            found = connection.execute(_pending, {"g": group_id}).all()
+            found = self._rows_of(connection, _pending, group)
             return backlog_of(found, self.database.now_micros(connection))
 
     def tasks(self, group: str) -> list[TaskInfo]:
         """See `Coordinator.tasks`."""
         with self.database.read() as connection:
-            found = connection.execute(_task_rows, {"g": self.id_of(group)}).all()
+            found = self._rows_of(connection, _task_rows, group)
             now = self.database.now_micros(connection)
         return [
             TaskInfo(
@@ -282,14 +311,12 @@ class SqlGroups:
 
     def acquire(self, group: str, tasks: Sequence[int] | None, owner: str, ttl_s: float) -> Lease:
         """See `Coordinator.acquire`."""
-        group_id = self.id_of(group)
         busy: LeaseBusyError | None = None
+        epochs: dict[int, int] = {}
         with self.database.write() as connection:
+            group_id = self._id_in(connection, group)
             # All of the group's rows are locked, in order, so that two overlapping sets cannot wait for each other.
             rows = {row.task: row for row in connection.execute(_task_rows.with_for_update(), {"g": group_id})}
-            if not rows:
-                del self._ids[group]
-                self.group(group)
             now = self.database.now_micros(connection)
             bodies = connection.execute(_open_intents, {"g": group_id}).scalars().all()
             wanted, intents = _whole_sets(set(rows if tasks is None else tasks), [decode_intent(b) for b in bodies])
@@ -388,8 +415,8 @@ class SqlGroups:
 
     def join(self, group: str, owner: str, ttl_s: float) -> int:
         """See `Coordinator.join`."""
-        group_id = self.id_of(group)
         with self.database.write() as connection:
+            group_id = self._id_in(connection, group)
             now = self.database.now_micros(connection)
             ttl = round(ttl_s * 1e6)
             here = (_members.c.group_id == group_id, _members.c.owner == owner)
@@ -416,32 +443,43 @@ class SqlGroups:
 
     def seek(self, group: str, owner: str, to: Start | Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """See `Coordinator.seek`."""
-        group_id = self.id_of(group)
+        moved: dict[TopicPartition, int] = {}
         info = self.group(group)
         with self.database.write() as connection:
-            self._require_free(connection, group, group_id, also_intents=True)
-            topic_ids = sorted(self.log.catalog.ids_of(info.topics))
-            query = (
-                sa.select(_parts)
-                .where(_parts.c.topic_id.in_(topic_ids))
-                .order_by(_parts.c.topic_id, _parts.c.partition)
-                .with_for_update()
-            )
-            moved = self._targets(connection, connection.execute(query).all(), to)
-            statement = (
-                sa.update(_positions)
-                .where(_positions.c.group_id == _g, _positions.c.topic_id == sa.bindparam("t"))
-                .where(_positions.c.partition == sa.bindparam("p"))
-                .values(committed=sa.bindparam("to"))
-            )
-            id_of = self.log.catalog.id_of
-            parameters = [
-                {"g": group_id, "t": id_of(at.topic), "p": at.partition, "to": offset} for at, offset in moved.items()
-            ]
-            if parameters:
-                connection.execute(statement, parameters)
-            connection.execute(sa.update(_tasks).where(_tasks.c.group_id == group_id).values(epoch=_tasks.c.epoch + 1))
-            self.database.notify(connection)
+            group_id = self._id_in(connection, group)
+            busy = self._holder_of(connection, group, group_id) or self._open_batch_of(connection, group, group_id)
+            if busy is None:
+                moved = self._move(connection, info, group_id, to)
+                self.database.notify(connection)
+        if busy is not None:
+            raise busy
+        return moved
+
+    def _move(
+        self, connection: Connection, info: GroupInfo, group_id: int, to: Start | Mapping[TopicPartition, int]
+    ) -> dict[TopicPartition, int]:
+        topic_ids = sorted(self.log.catalog.ids_of(info.topics))
+        query = (
+            sa.select(_parts)
+            .where(_parts.c.topic_id.in_(topic_ids))
+            .order_by(_parts.c.topic_id, _parts.c.partition)
+            .with_for_update()
+        )
+        moved = self._targets(connection, connection.execute(query).all(), to)
+        statement = (
+            sa.update(_positions)
+            .where(_positions.c.group_id == _g, _positions.c.topic_id == sa.bindparam("t"))
+            .where(_positions.c.partition == sa.bindparam("p"))
+            .values(committed=sa.bindparam("to"))
+        )
+        id_of = self.log.catalog.id_of
+        parameters = [
+            {"g": group_id, "t": id_of(at.topic), "p": at.partition, "to": offset} for at, offset in moved.items()
+        ]
+        if parameters:
+            connection.execute(statement, parameters)
+        connection.execute(sa.delete(_intents).where(_intents.c.group_id == group_id))  # those that cannot finish
+        connection.execute(sa.update(_tasks).where(_tasks.c.group_id == group_id).values(epoch=_tasks.c.epoch + 1))
         return moved
 
     def _targets(

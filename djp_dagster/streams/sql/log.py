@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -33,7 +34,9 @@ from djp_dagster.streams.topics import Topic, check_name
 
 _rows = schema.record_batches
 _parts = schema.partitions
-_t, _p, _offset = sa.bindparam("t"), sa.bindparam("p"), sa.bindparam("at")
+_t: sa.BindParameter[int] = sa.bindparam("t")
+_p: sa.BindParameter[int] = sa.bindparam("p")
+_offset: sa.BindParameter[int] = sa.bindparam("at")
 
 _lock_one = (
     sa.select(_parts.c.partition, _parts.c.end_offset, _parts.c.end_bytes, _parts.c.last_append_micros)
@@ -79,7 +82,10 @@ _read = (
         _rows.c.base_offset >= _first.c.base_offset,
         _rows.c.base_offset < sa.bindparam("until"),
         _rows.c.base_offset + _rows.c["count"] > _offset,
-        _rows.c.base_bytes < _first.c.base_bytes + sa.bindparam("max_bytes"),
+        sa.or_(
+            _rows.c.base_offset == _first.c.base_offset,
+            _rows.c.base_bytes + _rows.c.bytes <= _first.c.base_bytes + sa.bindparam("max_bytes"),
+        ),
     )
     .order_by(_rows.c.base_offset)
 )
@@ -337,6 +343,8 @@ class SqlEventLog:
 
     def cut(self, at: TopicPartition, start: int, end: int, *, max_bytes: int) -> int:
         """See `EventLog.cut`."""
+        if start >= end or max_bytes <= 0:
+            return start
         parameters: dict[str, object] = {"t": self.catalog.id_of(at.topic), "p": at.partition}
         with self.database.read() as connection:
             first = connection.execute(_floor, {**parameters, "at": start}).one_or_none()
@@ -348,8 +356,10 @@ class SqlEventLog:
         limit = first.base_bytes + before + max_bytes
         with self.database.read() as connection:
             found = {"first": first.base_offset, "until": end, "limit_bytes": limit}
-            last = connection.execute(_last_within, {**parameters, **found}).one()
-        base, count, base_bytes, size = last
+            last = connection.execute(_last_within, {**parameters, **found}).one_or_none()
+        if last is None:
+            return end  # trimmed between two look-ups
+        base, count, base_bytes, size = map(int, last)
         if base_bytes + size <= limit:
             return min(end, base + count)
         room = limit - base_bytes
@@ -392,14 +402,13 @@ def _row_of(topic_id: int, batch: EncodedBatch, offset: int, total: int, at_micr
     }
 
 
-def backlog_of(rows: Sequence[Sequence[int | None]], now_micros: int) -> Backlog:
+def backlog_of(rows: Sequence[Sequence[Any]], now_micros: int) -> Backlog:
     """Sum up (start, end, end bytes, last append, and the record batch holding start) of each partition."""
     events = size = 0
     estimated = False
     oldest: int | None = None
     newest: int | None = None
     for start, end, end_bytes, last, base, count, base_bytes, row_bytes, append_micros in rows:
-        assert start is not None and end is not None and end_bytes is not None and last is not None
         now_micros = max(now_micros, last)
         if start >= end:
             continue

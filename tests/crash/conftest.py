@@ -1,0 +1,79 @@
+"""Processes that can be started in milliseconds and killed for real."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.crash.oracle import Books
+from tests.crash.world import STOP
+
+PATIENCE_S = 60.0
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Wait until ``condition`` holds; fail naming ``what`` if it never does."""
+    give_up = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < give_up, f"still waiting for {what}"
+        time.sleep(0.01)
+
+
+class Arena:
+    """Starts processes of `tests.crash.world` on one folder, and makes sure that none survives the test."""
+
+    def __init__(self, folder: Path, context: ForkServerContext) -> None:
+        self.folder, self.context = folder, context
+        self.processes: list[ForkServerProcess] = []
+        self._books: Books | None = None
+
+    def start(self, role: Callable[..., None], *arguments: Any, **options: Any) -> ForkServerProcess:
+        process = self.context.Process(target=role, args=(str(self.folder), *arguments), kwargs=options, daemon=True)
+        process.start()
+        self.processes.append(process)
+        return process
+
+    @property
+    def books(self) -> Books:
+        if self._books is None:
+            self._books = Books(self.folder)
+        return self._books
+
+    def settle(self) -> None:
+        """Wait until everything is done, then stop all processes; none may have failed."""
+        wait_for(self._done_or_broken, "everything to be done")
+        (self.folder / STOP).touch()
+        for process in self.processes:
+            process.join(PATIENCE_S)
+            assert process.exitcode in (0, -9), f"{process} ended with {process.exitcode}"
+
+    def _done_or_broken(self) -> bool:
+        broken = [process for process in self.processes if process.exitcode not in (None, 0, -9)]
+        assert not broken, f"{broken} ended by themselves"
+        return self.books.everything_done()
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join(PATIENCE_S)
+        if self._books is not None:
+            self._books.close()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.crash.world"])
+    return context
+
+
+@pytest.fixture
+def arena(tmp_path: Path, fork_server: ForkServerContext) -> Iterator[Arena]:
+    arena = Arena(tmp_path, fork_server)
+    yield arena
+    arena.close()

@@ -1,0 +1,120 @@
+"""SIGKILL between every two numbers of the protocol, in several processes; then recovery, checked from outside."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from djp_dagster.testing import CRASH_POINTS
+from tests.crash import world
+from tests.crash.conftest import Arena, wait_for
+from tests.crash.oracle import DATA, check
+
+pytestmark = pytest.mark.crash
+
+
+def publish_some(arena: Arena, seed: random.Random, publishes: int) -> set[int]:
+    salt = seed.randrange(1 << 30)
+    acknowledged: set[int] = set()
+    with world.open_world(str(arena.folder)) as stream:
+        for number in range(publishes):
+            events = world.orders_of(number, salt)
+            stream.publish("orders", events)
+            acknowledged |= {event.data["n"] for event in events}
+    return acknowledged
+
+
+@pytest.mark.parametrize("point", CRASH_POINTS)
+def test_a_kill_at_every_point(arena: Arena, seed: random.Random, point: str) -> None:
+    acknowledged = publish_some(arena, seed, 60)
+    victims = [
+        arena.start(world.work, ["counts"], point=point, hit=seed.randint(1, 4)),
+        arena.start(world.work, ["relay", "counts"], point=point, hit=seed.randint(1, 3)),
+        arena.start(world.run, ["files"], point=point, hit=seed.randint(1, 2)),
+    ]
+    wait_for(lambda: any(victim.exitcode is not None for victim in victims), f"a death at {point}")
+    arena.start(world.work, ["counts", "relay"])
+    arena.start(world.run, ["files"])
+    arena.settle()
+    assert any(victim.exitcode == -9 for victim in victims)
+    check(arena.books, acknowledged)
+
+
+@pytest.mark.parametrize("point", ["2.intent", "4.handled", "5.stored", "6.committed"])
+def test_a_zombie_does_no_harm(arena: Arena, seed: random.Random, point: str) -> None:
+    acknowledged = publish_some(arena, seed, 40)
+    zombie = arena.start(world.work, ["counts"], point=point, how="stop")
+    assert zombie.pid is not None
+    status = Path(f"/proc/{zombie.pid}/stat")
+    wait_for(lambda: status.read_text().rsplit(")", 1)[1].split()[0] == "T", f"the zombie to stop at {point}")
+    arena.start(world.work, ["counts", "relay"])
+    arena.start(world.run, ["files"])
+    wait_for(arena.books.everything_done, "the others to finish")
+    os.kill(zombie.pid, signal.SIGCONT)
+    with world.open_world(str(arena.folder)) as stream:
+        more = [world.ORDERS.event(n=10**9 + index, user=f"user-{index}", kind="good") for index in range(12)]
+        stream.publish("orders", more)
+    acknowledged |= {event.data["n"] for event in more}
+    arena.settle()
+    assert zombie.exitcode == 0
+    check(arena.books, acknowledged)
+
+
+@pytest.mark.parametrize(("first", "second"), [("run", "work"), ("work", "run")])
+def test_open_batches_change_hands_between_modes(arena: Arena, seed: random.Random, first: str, second: str) -> None:
+    acknowledged = publish_some(arena, seed, 40)
+    roles = {"run": world.run, "work": world.work}
+    victims = [arena.start(roles[first], ["files"], point="4.handling", hit=seed.randint(1, 2)) for _ in range(2)]
+    wait_for(lambda: all(victim.exitcode is not None for victim in victims), "both to die while handling")
+    assert arena.books.open_intents()
+    for _ in range(2):
+        arena.start(roles[second], ["files"])
+    arena.start(world.work, ["counts", "relay"])
+    arena.settle()
+    check(arena.books, acknowledged)
+
+
+def random_kills(arena: Arena, seed: random.Random, kills: int) -> None:
+    """Publisher, workers and runners under load; ``kills`` of them die at random moments and are started anew."""
+    world.open_world(str(arena.folder)).close()
+    salt, total = seed.randrange(1 << 30), kills * 6
+    roles = [
+        (world.publish, (total, salt)),
+        (world.work, (["counts", "relay"],)),
+        (world.work, (["relay", "counts", "files"],)),
+        (world.run, (["files"],)),
+    ]
+    alive = [arena.start(role, *arguments) for role, arguments in roles]
+    before = arena.books.committed()
+    for _ in range(kills):
+        # The pause is the experiment: where in its work the victim is when it dies.
+        time.sleep(seed.uniform(0.0, 0.16))
+        victim = seed.randrange(len(roles))
+        alive[victim].kill()
+        role, arguments = roles[victim]
+        alive[victim] = arena.start(role, *arguments)
+        now = arena.books.committed()
+        assert all(now[key] >= offset for key, offset in before.items()), "a committed offset went back"
+        before = now
+
+    def published() -> bool:
+        rows = arena.books.db.execute("SELECT last_sequence FROM djp_producers WHERE name = 'shop'").fetchone()
+        return rows is not None and rows[0] == total
+
+    wait_for(published, "the publisher to finish")
+    arena.settle()
+    acknowledged = {event.data["n"] for number in range(1, total + 1) for event in world.orders_of(number, salt)}
+    assert {event[DATA]["n"] for _, _, event in arena.books.topic("orders")} == acknowledged
+    check(arena.books, acknowledged)
+
+
+def test_200_random_kills_under_load(arena: Arena, seed: random.Random) -> None:
+    random_kills(arena, seed, 200)
+
+
+@pytest.mark.soak
+def test_1000_random_kills_under_load(arena: Arena, seed: random.Random) -> None:
+    random_kills(arena, seed, 1000)

@@ -1,0 +1,166 @@
+"""The world of the crash tests: three chained consumers, and the processes that run them and die.
+
+``orders`` → **counts** (stateful, emits, output, deadline, poison, refused records) → ``counted`` → **relay** (per
+event) → ``final``; and **files** (stateless, one output a batch, run mode) reads ``orders`` too.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import djp_dagster as djp
+from djp_dagster.processing import crash_points
+from djp_dagster.testing import kill_at
+
+LEASE_S = 0.6
+PARTITIONS = 3
+ORDERS = djp.Topic("orders", partitions=PARTITIONS, key="user")
+COUNTED = djp.Topic("counted", partitions=2, key="user")
+FINAL = djp.Topic("final", partitions=1)
+# Kills from outside say nothing about the data, and these tests kill the same batch many times over.
+PATIENT = djp.RetryPolicy(max_attempts=10_000, first=0.001, longest=0.01)
+
+
+@djp.consumer(
+    topic=ORDERS,
+    emits=[COUNTED],
+    stateful=True,
+    max_batch=djp.Threshold(events=25),
+    retry=PATIENT,
+    max_poison=25,
+)
+def counts(batch: djp.Batch) -> dict[str, object]:
+    """Count orders per user; refuse some, fail on others."""
+    seen = []
+    for record in batch:
+        data = record.data
+        if data["kind"] == "poison":
+            raise ValueError(f"order {data['n']} is poison")
+        if data["kind"] == "refused":
+            batch.fail(record, "refused")
+            continue
+        count = batch.state.get(data["user"], 0) + 1
+        batch.state.set(data["user"], count)
+        batch.set_deadline(data["user"], record.append_time + timedelta(days=1))
+        batch.emit(COUNTED.event(user=data["user"], n=data["n"], count=count))
+        seen.append([record.partition, record.offset])
+    return {"seen": seen}
+
+
+@djp.consumer(topic=ORDERS, max_batch=djp.Threshold(events=60), retry=PATIENT)
+def files(batch: djp.Batch) -> dict[str, object]:
+    """One output per batch."""
+    return {"seen": [[record.partition, record.offset] for record in batch]}
+
+
+@djp.consumer(topic=COUNTED, emits=[FINAL], isolate="per_event", max_batch=djp.Threshold(events=40), retry=PATIENT)
+def relay(record: djp.Record, batch: djp.Batch) -> None:
+    """Pass every count on."""
+    batch.emit(FINAL.event(user=record.data["user"], n=record.data["n"]))
+
+
+CONSUMERS = {"counts": counts, "files": files, "relay": relay}
+
+
+def open_world(folder: str) -> djp.EventStream:
+    """The stream of a test's folder, with all topics and groups."""
+    stream = djp.open_stream(Path(folder) / "stream.db")
+    for consumer in CONSUMERS.values():
+        consumer.register(stream)
+    return stream
+
+
+STOP = "stop"
+"""The file that ends all processes of a folder; an event shared between processes would not survive their deaths."""
+
+
+def until_stopped(folder: str) -> threading.Event:
+    """An event that is set when the stop file appears."""
+    local = threading.Event()
+
+    def follow() -> None:
+        while not (Path(folder) / STOP).exists():
+            time.sleep(0.02)
+        local.set()
+
+    threading.Thread(target=follow, daemon=True).start()
+    return local
+
+
+def _stop_at(point: str) -> None:
+    fired = False
+
+    def hook(reached: str) -> None:
+        nonlocal fired
+        if reached == point and not fired:
+            fired = True
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    crash_points.set_hook(hook)
+
+
+def _arm(point: str | None, hit: int, how: str) -> None:
+    if point is None:
+        return
+    if how == "stop":
+        _stop_at(point)
+    else:
+        kill_at(point, hit=hit)  # type: ignore[arg-type]
+
+
+def work(folder: str, names: list[str], point: str | None = None, hit: int = 1, how: str = "kill") -> None:
+    """A worker process."""
+    _arm(point, hit, how)
+    with open_world(folder) as stream:
+        worker = djp.Worker(
+            stream, [CONSUMERS[name] for name in names], lease=LEASE_S, state_folder=Path(folder) / "state"
+        )
+        worker.run(until_stopped(folder))
+
+
+def run(folder: str, names: list[str], point: str | None = None, hit: int = 1, how: str = "kill") -> None:
+    """A process that runs what is pending, again and again."""
+    _arm(point, hit, how)
+    with open_world(folder) as stream:
+        local = until_stopped(folder)
+        watcher = stream.log.watch()
+        while not local.is_set():
+            for name in names:
+                try:
+                    djp.run_pending(
+                        stream, CONSUMERS[name], lease=LEASE_S, wait=5, stop=local, state_folder=Path(folder) / "state"
+                    )
+                except djp.errors.LeaseBusyError:
+                    continue
+            watcher.wait(0.2)
+
+
+def publish(folder: str, total: int, seed: int) -> None:
+    """A named producer that goes on where the stream says its predecessor got to."""
+    with open_world(folder) as stream:
+        producer = stream.producer("shop")
+        while producer.last_sequence < total:
+            number = producer.last_sequence + 1
+            producer.publish("orders", orders_of(number, seed), sequence=number)
+
+
+def orders_of(number: int, seed: int) -> list[djp.Event]:
+    """The events of the ``number``-th publish: the same whenever asked."""
+    import random
+
+    chance = random.Random(seed * 1_000_003 + number)
+    return [
+        ORDERS.event(
+            n=number * 1000 + index,
+            user=f"user-{chance.randrange(12)}",
+            kind=chance.choices(["good", "poison", "refused"], [0.96, 0.015, 0.025])[0],
+        )
+        for index in range(chance.randint(1, 9))
+    ]
+
+
+Role = Callable[..., None]
