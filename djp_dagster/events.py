@@ -50,9 +50,9 @@ class _Ids:
 _ids = _Ids()
 
 
-def has_generated_id(event: "Event") -> bool:
-    """Whether this process chose the event's id because its maker gave none (emits then get a derived one)."""
-    return event.id.startswith(_ids.prefix)
+def generated_id_prefix() -> str:
+    """How the ids begin that this process makes up for events whose maker gave none (emits get a derived one instead)."""
+    return _ids.prefix
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):

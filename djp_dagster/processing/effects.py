@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from djp_dagster.errors import CommitTooLargeError, InvalidEventError, InvalidSettingError
-from djp_dagster.events import Event, has_generated_id
+from djp_dagster.events import Event, generated_id_prefix
 from djp_dagster.streams.contracts import Poison
 from djp_dagster.streams.publishing import partitioner
-from djp_dagster.streams.records import EncodedBatch, Record, encode_batches
+from djp_dagster.streams.records import EncodedBatch, Origin, Record, encode_batches
 
 if TYPE_CHECKING:
     from djp_dagster.streams.contracts import TopicInfo
@@ -130,15 +130,27 @@ class Effects:
 
     def _encode(self, emits: _Emits) -> list[EncodedBatch]:
         topic = emits.topic
-        partition_for = partitioner(topic)
-        buckets: list[list[Any]] = [[] for _ in range(topic.partitions)]
-        ids = _DerivedIds(self._scope, topic.name)
+        buckets: list[list[tuple[Any, ...]]] = [[] for _ in range(topic.partitions)]
+        # Everything below runs once per emitted event.
+        partition_for, derived = partitioner(topic), _DerivedIds(self._scope, topic.name)
+        id_of, generated = derived.of, generated_id_prefix()
         for event, cause in zip(emits.events, emits.causes, strict=True):
-            row = _as_tuple(event)
-            if has_generated_id(event) and type(event) is not Record:
-                time = row[_TIME] if cause is None or row[_TIME] is not None else cause.time
-                row = (ids.of(cause), *row[1:_TIME], time, *row[_TIME + 1 : _FIELDS])
-            buckets[partition_for(event)].append(row[:_FIELDS])
+            if type(event) is not Event or not event.id.startswith(generated):
+                row = _as_tuple(event)[: len(_FIELDS)]
+            else:
+                time = event.time if event.time is not None or cause is None else cause.time
+                row = (
+                    id_of(cause) if cause is not None else derived.of_batch(),
+                    event.source,
+                    event.type,
+                    event.data,
+                    time,
+                    event.subject,
+                    event.datacontenttype,
+                    event.dataschema,
+                    event.ext,
+                )
+            buckets[partition_for(event)].append(row)
         return [
             batch
             for partition, rows in enumerate(buckets)
@@ -146,8 +158,8 @@ class Effects:
         ]
 
 
-_FIELDS = len(Event.__struct_fields__)
-_TIME = Event.__struct_fields__.index("time")
+_FIELDS = ("id", "source", "type", "data", "time", "subject", "datacontenttype", "dataschema", "ext")
+assert Event.__struct_fields__ == _FIELDS, "an emitted event is encoded as the tuple of its fields, in this order"
 
 
 class _DerivedIds:
@@ -155,24 +167,32 @@ class _DerivedIds:
 
     def __init__(self, scope: EmitScope, topic: str) -> None:
         self._scope, self._topic = scope, topic
-        self._prefixes: dict[tuple[str, int] | None, str] = {}
-        self._ordinals: dict[Position | None, int] = {}
+        self._partitions: dict[tuple[str, int], tuple[str, dict[int, int]]] = {}
+        self._origin: Origin | None = None
+        self._prefix, self._ordinals = "", {0: 0}
+        self._of_batch = 0
 
-    def of(self, cause: Record | None) -> str:
+    def of(self, cause: Record) -> str:
         """The next id of an event caused by ``cause``."""
-        if cause is None:
-            ordinal = self._ordinals[None] = self._ordinals.get(None, -1) + 1
-            return f"{self._prefix(None)}-{ordinal:x}"
-        position = cause.position
-        ordinal = self._ordinals[position] = self._ordinals.get(position, -1) + 1
-        return f"{self._prefix(position[:2])}-{cause.offset:x}-{ordinal:x}"
+        if cause.origin is not self._origin:
+            self._turn_to(cause.origin)
+        offset, ordinals = cause.offset, self._ordinals
+        ordinal = ordinals.get(offset, 0)
+        ordinals[offset] = ordinal + 1
+        return f"{self._prefix}-{offset:x}-{ordinal:x}"
 
-    def _prefix(self, source: tuple[str, int] | None) -> str:
-        prefix = self._prefixes.get(source)
-        if prefix is None:
-            scope = self._scope
-            origin = (scope.batch_id,) if source is None else source
-            parts = (scope.incarnation, scope.group, *map(str, origin), self._topic)
-            digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=12)
-            prefix = self._prefixes[source] = digest.hexdigest()
-        return prefix
+    def of_batch(self) -> str:
+        """The next id of an event not tied to a record."""
+        ordinal, self._of_batch = self._of_batch, self._of_batch + 1
+        return f"{self._hash(self._scope.batch_id)}-{ordinal:x}"
+
+    def _turn_to(self, origin: Origin) -> None:
+        source = (origin.topic, origin.partition)
+        if source not in self._partitions:
+            self._partitions[source] = (self._hash(origin.topic, str(origin.partition)), {})
+        self._origin = origin
+        self._prefix, self._ordinals = self._partitions[source]
+
+    def _hash(self, *source: str) -> str:
+        parts = (self._scope.incarnation, self._scope.group, *source, self._topic)
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

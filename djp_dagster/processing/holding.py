@@ -116,7 +116,8 @@ class Holding:
         if intent.kind == "cut":
             # A batch may have been cut longer than the intent said when it was found.
             self._positions.update({part.at: part.end for part in report.ranges})
-        self._next_due = self._coordinator.next_deadline(self.lease.group, sorted(self.lease.epochs))
+        if report.deadlines:
+            self._next_due = self._coordinator.next_deadline(self.lease.group, sorted(self.lease.epochs))
         self._on_report(report)
         reach("8.reported")
         return report

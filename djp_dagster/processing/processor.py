@@ -80,6 +80,7 @@ class BatchReport(msgspec.Struct, frozen=True):
     emitted: int
     dead_letters: int
     state_changes: int
+    deadlines: int
     output: PayloadRef | None
     seconds: float
     handler_seconds: float
@@ -233,6 +234,7 @@ class Processor:
             emitted=attempt.effects.emitted,
             dead_letters=len(commit.dead_letters) + len(commit.redrive_failed),
             state_changes=len(attempt.changes),
+            deadlines=len(commit.deadlines) + len(intent.deadlines),
             output=output,
             seconds=finished - started,
             handler_seconds=handled - started,

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from djp_dagster.errors import LeaseBusyError
+from djp_dagster.errors import LeaseBusyError, TransientError
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.holding import Holding, OnReport, task_sets
@@ -104,18 +104,32 @@ def run_pending(
             return RunReport(tuple(reports))
         for tasks in task_sets(consumer, range(info.tasks)):
             while not stop.is_set():
-                reason, bound = _due(stream, consumer, threshold)
+                reason, bound = _due(stream, consumer, threshold, holding)
                 if reason is None or holding.next_batch(tasks, bound=bound, reason=reason, until=until) is None:
                     break
+    tidy(stream)
     return RunReport(tuple(reports))
 
 
-def _due(stream: EventStream, consumer: Consumer, threshold: Threshold | None) -> tuple[str | None, Threshold]:
+def tidy(stream: EventStream) -> None:
+    """Apply retention; if the stream is busy or away, whoever comes next will."""
+    try:
+        stream.apply_retention()
+    except TransientError as error:
+        _log.info("retention is left to the next: %s", error)
+
+
+def _due(
+    stream: EventStream, consumer: Consumer, threshold: Threshold | None, holding: Holding
+) -> tuple[str | None, Threshold]:
     """Why a batch is cut now (None: it is not), and its bound."""
     if threshold is None:
         return "drain", consumer.max_batch
+    reason = threshold.reached(stream.pending(consumer.group))
+    if reason is None and holding.next_due_micros is not None and holding.next_due_micros <= stream.log.now_micros():
+        reason = "deadline"  # it cannot fire before what was appended earlier is handled
     bounded = threshold.max_bytes is not None or threshold.max_events is not None
-    return threshold.reached(stream.pending(consumer.group)), threshold if bounded else consumer.max_batch
+    return reason, threshold if bounded else consumer.max_batch
 
 
 def _lease_all(

@@ -18,12 +18,14 @@ from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.holding import Holding, OnReport
 from djp_dagster.processing.leases import DEFAULT_LEASE_S, LeaseKeeper, new_owner
 from djp_dagster.processing.processor import BatchReport, Processor
+from djp_dagster.processing.run import tidy
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
 _log = logging.getLogger(__name__)
 _REQUESTS_EVERY_S = 1.0
 _LOOK_EVERY_S = 1.0
+_TIDY_EVERY_S = 60.0
 _PAUSES_S = (5.0, 30.0, 120.0, 300.0)
 
 OnFailure = Callable[[Consumer, DjpError], None]
@@ -109,6 +111,7 @@ class Worker:
         stop: threading.Event,
     ) -> None:
         share_at = requests_at = 0.0
+        tidy_at = time.monotonic() + _TIDY_EVERY_S
         while not stop.is_set():
             now = time.monotonic()
             try:
@@ -118,10 +121,16 @@ class Worker:
                 ask = now >= requests_at
                 requests_at = now + _REQUESTS_EVERY_S if ask else requests_at
                 worked = [self._serve(member, keeper, now, ask) for member in members]
+            except RetriesExhaustedError:
+                raise
             except TransientError as error:
                 _log.warning("worker %s waits for the stream: %s", self.owner, error)
+                share_at = 0.0
                 stop.wait(0.5)
                 continue
+            if now >= tidy_at:
+                tidy(self._stream)
+                tidy_at = now + _TIDY_EVERY_S
             if not any(worked):
                 wait(self._idle_s(members, share_at))
 
@@ -166,6 +175,12 @@ class Worker:
         member.processor.drop_state(tasks)
         keeper.release(holding.lease)
 
+    def _let_go(self, member: _Member, keeper: LeaseKeeper, tasks: tuple[int, ...]) -> None:
+        """Stop holding tasks whose lease is lost, or must be taken anew."""
+        holding = member.held.pop(tasks)
+        member.processor.drop_state(tasks)
+        keeper.forget(holding.lease)
+
     def _report(self, report: BatchReport) -> None:
         if self._on_report is not None:
             self._on_report(report)
@@ -180,11 +195,11 @@ class Worker:
                 worked |= self._serve_tasks(member, keeper, tasks, ask)
             except FencedError as error:
                 _log.info("%s", error)
-                lost = member.held.pop(tasks)
-                member.processor.drop_state(tasks)
-                keeper.forget(lost.lease)
-            except (RetriesExhaustedError, DjpError) as error:
+                self._let_go(member, keeper, tasks)
+            except DjpError as error:
                 if isinstance(error, TransientError) and not isinstance(error, RetriesExhaustedError):
+                    # A batch may have been left open, even one nobody knows was begun; leasing anew finds it.
+                    self._let_go(member, keeper, tasks)
                     raise
                 self._pause(member, keeper, error)
                 return worked

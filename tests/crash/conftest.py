@@ -15,9 +15,9 @@ from tests.crash.world import STOP
 PATIENCE_S = 60.0
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
+def wait_for(condition: Callable[[], bool], what: str, *, patience_s: float = PATIENCE_S) -> None:
     """Wait until ``condition`` holds; fail naming ``what`` if it never does."""
-    give_up = time.monotonic() + PATIENCE_S
+    give_up = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < give_up, f"still waiting for {what}"
         time.sleep(0.01)

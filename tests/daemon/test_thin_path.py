@@ -45,9 +45,15 @@ def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subproce
             process.wait(30)
 
 
-@pytest.mark.timeout(400)
-def test_a_real_run_is_killed_at_every_point(
-    daemon: subprocess.Popen[bytes], tmp_path: Path, seed: random.Random
+SOME_POINTS = ("2.intent", "4.handling", "5.stored", "6.committed", "7.applied")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "points", [pytest.param(SOME_POINTS, id="some"), pytest.param(CRASH_POINTS, id="all", marks=pytest.mark.soak)]
+)
+def test_real_runs_are_killed_between_the_steps(
+    daemon: subprocess.Popen[bytes], tmp_path: Path, seed: random.Random, points: tuple[str, ...]
 ) -> None:
     import djp_dagster as djp
 
@@ -56,7 +62,7 @@ def test_a_real_run_is_killed_at_every_point(
     with djp.open_stream(tmp_path / "stream.db") as stream:
         stream.create_topic(orders)
         books = Books(tmp_path)
-        for point in CRASH_POINTS:
+        for point in points:
             (tmp_path / "kill").write_text(point)
             events = [
                 orders.event(user=f"user-{seed.randrange(7)}", n=published + index)
@@ -69,7 +75,7 @@ def test_a_real_run_is_killed_at_every_point(
                 assert daemon.poll() is None, (tmp_path / "daemon.log").read_text()[-2000:]
                 return (tmp_path / "killed").exists() and books.everything_done()
 
-            wait_for(recovered, f"the kill at {point}, and recovery")
+            wait_for(recovered, f"the kill at {point}, and recovery", patience_s=180.0)
             (tmp_path / "killed").unlink()
     _check(books, published)
     books.close()

@@ -88,11 +88,14 @@ class Database:
 
     def now_micros(self, connection: Connection) -> int:
         """The store's clock."""
+        local = self.local_micros()
+        return local if local is not None else int(connection.execute(_PG_NOW).scalar_one())
+
+    def local_micros(self) -> int | None:
+        """The store's clock, where it can be told without asking the server."""
         if self._clock is not None:
             return round(self._clock() * 1e6)
-        if self.dialect == "sqlite":
-            return time.time_ns() // 1000
-        return int(connection.execute(_PG_NOW).scalar_one())
+        return time.time_ns() // 1000 if self.dialect == "sqlite" else None
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

@@ -382,6 +382,9 @@ class SqlEventLog:
 
     def now_micros(self) -> int:
         """See `EventLog.now_micros`."""
+        local = self.database.local_micros()
+        if local is not None:
+            return local
         with self.database.read() as connection:
             return self.database.now_micros(connection)
 
