@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from djp_dagster.processing.batch import Batch
     from djp_dagster.processing.consumer import Consumer, consumer
     from djp_dagster.processing.failures import RetryPolicy
-    from djp_dagster.processing.processor import BatchReport
     from djp_dagster.processing.redrive import redrive, request_redrive
+    from djp_dagster.processing.reports import BatchReport
     from djp_dagster.processing.run import RunReport, run_pending
     from djp_dagster.processing.threshold import Threshold
     from djp_dagster.processing.worker import Worker
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "processing.batch",
-    "BatchReport": "processing.processor",
+    "BatchReport": "processing.reports",
     "Consumer": "processing.consumer",
     "DjpError": "errors",
     "Event": "events",

@@ -51,7 +51,7 @@ _ids = _Ids()
 
 
 def generated_id_prefix() -> str:
-    """How the ids begin that this process makes up for events whose maker gave none (emits get a derived one instead)."""
+    """How the ids begin that this process makes up; an emitted event with such an id gets a derived one instead."""
     return _ids.prefix
 
 

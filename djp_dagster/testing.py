@@ -18,14 +18,13 @@ from djp_dagster.claim_check.stores import LocalPayloadStore
 from djp_dagster.events import Event
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import CRASH_POINTS, CrashPoint, set_hook
-from djp_dagster.processing.processor import BatchReport
+from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.run import run_pending
 from djp_dagster.state.store import TaskStore
-from djp_dagster.streams.contracts import DeadLetter
+from djp_dagster.streams.model import DeadLetter
 from djp_dagster.streams.records import Record, TopicPartition, decode_value
-from djp_dagster.streams.sql.groups import changelog_of
 from djp_dagster.streams.stream import EventStream, open_stream
-from djp_dagster.streams.topics import Topic
+from djp_dagster.streams.topics import Topic, changelog_of
 
 __all__ = ["CRASH_POINTS", "Clock", "ConsumerRun", "crash_at", "kill_at", "memory_stream", "run_consumer"]
 

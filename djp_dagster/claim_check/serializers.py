@@ -6,7 +6,7 @@ import msgspec
 
 from djp_dagster.claim_check.stores import PayloadStore, uploading
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.streams.contracts import PayloadRef
+from djp_dagster.streams.model import PayloadRef
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from djp_dagster.errors import InvalidSettingError, PayloadCorruptError, PayloadMissingError
-from djp_dagster.streams.contracts import PayloadRef
+from djp_dagster.streams.model import PayloadRef
 
 _KEY = re.compile(r"(?!\.)[A-Za-z0-9_.\-=]+(/(?!\.)[A-Za-z0-9_.\-=]+)*")
 _CHUNK_BYTES = 1 << 20

@@ -12,7 +12,7 @@ import dagster as dg
 
 from djp_dagster.errors import UnknownGroupError, UnknownTopicError
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.processing.processor import BatchReport
+from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.run import RunReport, run_pending
 from djp_dagster.resources import SqlEventStream
 from djp_dagster.streams.stream import EventStream

@@ -11,7 +11,8 @@ from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, Position
 from djp_dagster.processing.failures import describe
 from djp_dagster.processing.tables import RowCollector
-from djp_dagster.streams.contracts import Deadline, EventLog, Intent, Poison, Range, TopicInfo
+from djp_dagster.streams.contracts import EventLog
+from djp_dagster.streams.model import Deadline, Intent, Poison, Range, TopicInfo
 from djp_dagster.streams.records import Record, Undecodable, decode_records, to_micros
 from djp_dagster.streams.topics import Topic, key_of
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.processing.failures import RetryPolicy
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.streams.contracts import GroupInfo, GroupSpec
+from djp_dagster.streams.model import GroupInfo, GroupSpec
 from djp_dagster.streams.stream import EventStream, StartPosition, parse_start
 from djp_dagster.streams.topics import Topic, check_name
 from djp_dagster.units import Size, parse_bytes

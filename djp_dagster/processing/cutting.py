@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.streams.contracts import Deadline, EventLog, Range
+from djp_dagster.streams.contracts import EventLog
+from djp_dagster.streams.model import Deadline, Range
 from djp_dagster.streams.records import TopicPartition
 
 

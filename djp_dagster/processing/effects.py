@@ -8,12 +8,12 @@ import msgspec
 
 from djp_dagster.errors import CommitTooLargeError, InvalidEventError, InvalidSettingError
 from djp_dagster.events import Event, generated_id_prefix
-from djp_dagster.streams.contracts import Poison
+from djp_dagster.streams.model import Poison
 from djp_dagster.streams.publishing import partitioner
 from djp_dagster.streams.records import EncodedBatch, Origin, Record, encode_batches
 
 if TYPE_CHECKING:
-    from djp_dagster.streams.contracts import TopicInfo
+    from djp_dagster.streams.model import TopicInfo
 
 Position = tuple[str, int, int]
 _as_tuple = msgspec.structs.astuple

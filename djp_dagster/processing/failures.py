@@ -1,6 +1,9 @@
 """What an error means: try again, look for the record at fault, or stop."""
 
+import logging
 import random
+import threading
+import time
 from typing import Literal
 
 import msgspec
@@ -22,8 +25,10 @@ from djp_dagster.errors import (
     StreamUnavailableError,
     SystemicFailureError,
 )
+from djp_dagster.streams.model import Poison
 from djp_dagster.units import Duration, parse_seconds
 
+_log = logging.getLogger(__name__)
 Verdict = Literal["outage", "fatal", "transient", "terminal"]
 
 OUTAGES = (StreamUnavailableError, StreamBusyError, StreamFullError)
@@ -97,3 +102,66 @@ def describe(error: BaseException, *, limit: int = 2000) -> tuple[str, str]:
     """The error's type and text, short enough to store."""
     text = str(error)
     return type(error).__qualname__, text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class HandlerError(Exception):
+    """The handler failed, transiently or terminally; never leaves `djp_dagster.processing`."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class Patience:
+    """Waiting that ends early when told to stop, and gives an outage only so long.
+
+    Args:
+        stop: ends all waiting.
+        outage: how long an outage of the stream is waited for.
+    """
+
+    _LONGEST_S = 60.0  # a clock that went back must not make anybody wait for it
+
+    def __init__(self, stop: threading.Event, outage: Duration) -> None:
+        self._stop, self._outage_s = stop, parse_seconds(outage, name="patience")
+        self._away_since: float | None = None
+
+    def pause(self, seconds: float) -> None:
+        """Wait, if there is anything to wait for."""
+        if seconds > 0:
+            self._stop.wait(min(seconds, self._LONGEST_S))
+
+    def wait_out(self, error: DjpError) -> None:
+        """Wait a little for the stream to come back; raise ``error`` if it has been away for too long."""
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+        if self._stop.is_set() or now - self._away_since > self._outage_s:
+            raise error
+        _log.warning("waiting for the stream: %s", error)
+        self.pause(0.5)
+
+    def came_back(self) -> None:
+        """The stream has answered: the next outage is another one."""
+        self._away_since = None
+
+
+def systemic(group: str, max_poison: int, batch_id: str, count: int, error_type: str, error: str) -> DjpError:
+    """More poison than the group may skip."""
+    return SystemicFailureError(
+        f"batch {batch_id} of group {group!r} fails beyond {count} poison records (max_poison={max_poison}), last with "
+        f"{error_type}: {error}; nothing was dead-lettered. Fix the handler or what it depends on, or raise max_poison",
+        batch_id=batch_id,
+        group=group,
+        error_type=error_type,
+    )
+
+
+def blocked(group: str, found: Poison) -> DjpError:
+    """Poison in a group that must not skip."""
+    return PoisonBlockedError(
+        f"group {group!r} stops at record {found.offset} of topic {found.topic!r} partition {found.partition}, which "
+        f"fails with {found.error_type}: {found.error}; fix the handler, or skip the record with stream.seek",
+        group=group,
+        position=found.position,
+    )

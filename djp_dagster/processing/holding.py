@@ -9,9 +9,10 @@ from djp_dagster.errors import RedriveFailedError
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.cutting import cut_ranges, deadlines_within
-from djp_dagster.processing.processor import BatchReport, Processor
+from djp_dagster.processing.processor import Processor
+from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.streams.contracts import Deadline, Intent, Lease, Range, Request
+from djp_dagster.streams.model import Deadline, Intent, Lease, Range, Request
 from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.stream import EventStream
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from djp_dagster.errors import FencedError, TransientError
-from djp_dagster.streams.contracts import Coordinator, Lease
+from djp_dagster.streams.contracts import Coordinator
+from djp_dagster.streams.model import Lease
 
 _log = logging.getLogger(__name__)
 DEFAULT_LEASE_S = 5.0

@@ -8,7 +8,7 @@ from typing import Any
 from djp_dagster.errors import LeaseBusyError, UnknownDeadLetterError
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.run import run_pending
-from djp_dagster.streams.contracts import DeadLetter
+from djp_dagster.streams.model import DeadLetter
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 

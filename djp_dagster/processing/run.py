@@ -15,9 +15,10 @@ from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.holding import Holding, OnReport, task_sets
 from djp_dagster.processing.leases import DEFAULT_LEASE_S, LeaseKeeper, new_owner
-from djp_dagster.processing.processor import BatchReport, Processor
+from djp_dagster.processing.processor import Processor
+from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.streams.contracts import Lease
+from djp_dagster.streams.model import Lease
 from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds

@@ -3,7 +3,7 @@
 import msgspec
 
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.streams.contracts import Backlog
+from djp_dagster.streams.model import Backlog
 from djp_dagster.units import Duration, Size, is_count, parse_bytes, parse_seconds
 
 

@@ -17,7 +17,8 @@ from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.holding import Holding, OnReport
 from djp_dagster.processing.leases import DEFAULT_LEASE_S, LeaseKeeper, new_owner
-from djp_dagster.processing.processor import BatchReport, Processor
+from djp_dagster.processing.processor import Processor
+from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.run import tidy
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
@@ -156,7 +157,7 @@ class Worker:
             for info in coordinator.tasks(group):
                 if sum(map(len, member.held)) >= share:
                     break
-                if info.task not in mine and info.worth_asking:
+                if info.task not in mine and (info.worth_asking or info.owner == self.owner):
                     self._take(member, keeper, info.task)
 
     def _take(self, member: _Member, keeper: LeaseKeeper, task: int) -> None:

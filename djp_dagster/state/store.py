@@ -1,4 +1,4 @@
-"""`TaskStore`: a task's local key-value store, a SQLite file; and `TaskState`, the handler's view of it for one batch.
+"""`TaskStore`: a task's local key-value store, a SQLite file; and `TaskState`, what a handler sees of it in one batch.
 
 The store is a cache of the task's changelog, which is the truth. It remembers of which stream incarnation, and up to
 which changelog offset, it is. Behind: it catches up. Of another stream, ahead of its changelog, or damaged: it is
@@ -7,6 +7,7 @@ discarded and restored from the beginning.
 
 import contextlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -154,6 +155,45 @@ def _changes_in(blob: bytes, skip: int) -> list[Change]:
         return decode_changes(blob)[skip:]
     except msgspec.DecodeError as error:
         raise StreamCorruptError(f"a changelog record batch is damaged: {error}; restore the stream") from error
+
+
+class TaskStores:
+    """The local stores of the tasks one process works on.
+
+    Args:
+        log: where the changelogs are.
+        group: the consumer group.
+        changelog: the name of its changelog topic.
+        folder: where local state lies (``$DJP_STATE_FOLDER``, else ``.djp/state``).
+    """
+
+    def __init__(self, log: EventLog, group: str, changelog: str, folder: Path | None) -> None:
+        self._log, self._group, self._changelog = log, group, changelog
+        self._folder = folder if folder is not None else Path(os.environ.get("DJP_STATE_FOLDER", ".djp/state"))
+        self._open: dict[int, TaskStore] = {}
+
+    def __getitem__(self, task: int) -> TaskStore:
+        return self._open[task]
+
+    def caught_up(self, task: int) -> TaskStore:
+        """The task's store, with every committed change applied."""
+        store = self._open.get(task)
+        if store is None:
+            path = self._folder / self._log.incarnation[:12] / self._group / f"{task}.db"
+            store = self._open[task] = TaskStore(path, self._log, TopicPartition(self._changelog, task))
+        store.catch_up()
+        return store
+
+    def drop(self, tasks: Iterable[int]) -> None:
+        """Close the stores of tasks given away, so that whoever holds them next finds them free."""
+        for task in tasks:
+            store = self._open.pop(task, None)
+            if store is not None:
+                store.close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        self.drop(list(self._open))
 
 
 class TaskState:

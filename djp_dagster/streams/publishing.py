@@ -8,7 +8,8 @@ from zlib import crc32
 from djp_dagster.errors import InvalidEventError, StreamBusyError, StreamUnavailableError
 from djp_dagster.events import Event
 from djp_dagster.partitioning import partition_of
-from djp_dagster.streams.contracts import Appended, EventLog, TopicInfo
+from djp_dagster.streams.contracts import EventLog
+from djp_dagster.streams.model import Appended, TopicInfo
 from djp_dagster.streams.records import EncodedBatch, Record, encode_batches
 from djp_dagster.streams.topics import key_of
 

@@ -266,7 +266,8 @@ def decode_records(
         StreamCorruptError: the batch as a whole is damaged.
     """
     origin = Origin(batch.topic, batch.partition, batch.append_micros, scope)
-    first, last = max(start, batch.base_offset), min(end, batch.end_offset)
+    first = max(start, batch.base_offset)
+    last = max(min(end, batch.end_offset), first)
     bad: list[Undecodable] = []
     try:
         records = _decode_records(batch.blob)

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from djp_dagster.errors import InvalidSettingError, LeaseBusyError
 from djp_dagster.events import Event
-from djp_dagster.streams.contracts import (
-    Appended,
-    Backlog,
-    Coordinator,
-    DeadLetter,
-    EventLog,
-    GroupInfo,
-    Output,
-    Start,
-    TopicInfo,
-    TrimReport,
-)
+from djp_dagster.streams.contracts import Coordinator, EventLog
+from djp_dagster.streams.model import Appended, Backlog, DeadLetter, GroupInfo, Output, Start, TopicInfo, TrimReport
 from djp_dagster.streams.publishing import Producer, route
 from djp_dagster.streams.records import Record, TopicPartition, decode_records, to_micros
 from djp_dagster.streams.topics import Topic
@@ -146,9 +136,14 @@ class EventStream:
         info = self.log.topic(_name(topic))
         return self.log.append(list(route(info, events, max_event_bytes=info.max_event_bytes)))
 
-    def producer(self, name: str) -> Producer:
-        """Open the named producer, fencing any earlier one of that name."""
-        return Producer(self.log, name)
+    def producer(self, name: str, *, patience: Duration = "1min") -> Producer:
+        """Open the named producer, fencing any earlier one of that name.
+
+        Args:
+            name: whose publishes are numbered, and appended once each.
+            patience: how long an outage of the stream is waited for.
+        """
+        return Producer(self.log, name, retry_for_s=parse_seconds(patience, name="patience"))
 
     def records(
         self, topic: str | Topic, partition: int, start: int | None = None, end: int | None = None
@@ -236,7 +231,7 @@ class EventStream:
         stateful = self.coordinator.group(group).stateful
         self.coordinator.delete_group(group)
         if stateful:
-            from djp_dagster.streams.sql.groups import changelog_of
+            from djp_dagster.streams.topics import changelog_of
 
             self.log.delete_topic(changelog_of(group))
 

@@ -26,6 +26,11 @@ def check_name(kind: str, name: object) -> str:
     return name
 
 
+def changelog_of(group: str) -> str:
+    """The topic that carries the state changes of a stateful group."""
+    return f"{INTERNAL_PREFIX}changelog.{group}"
+
+
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
     """How long a topic keeps what every registered group has committed, and what not.
 

@@ -15,7 +15,7 @@ from djp_dagster.errors import (
     TopicMismatchError,
     UnknownTopicError,
 )
-from djp_dagster.streams.contracts import TopicInfo
+from djp_dagster.streams.model import TopicInfo
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.database import Database, new_id
 from djp_dagster.streams.topics import Retention, Topic

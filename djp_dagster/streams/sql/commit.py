@@ -11,10 +11,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from djp_dagster.errors import DeadlineOvertakenError, FencedError, OffsetOutOfRangeError
-from djp_dagster.streams.contracts import Appended, Commit, Deadline, Intent, Lease, NewDeadLetter
+from djp_dagster.streams.model import Appended, Commit, Deadline, Intent, Lease, NewDeadLetter
 from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.sql import schema
-from djp_dagster.streams.sql.groups import SqlGroups, decode_intent, encode_json, fenced
+from djp_dagster.streams.sql.groups import decode_intent, encode_json
+from djp_dagster.streams.sql.leases import SqlLeases, fenced
 
 _intents, _tasks, _positions = schema.intents, schema.tasks, schema.positions
 _g: sa.BindParameter[int] = sa.bindparam("g")
@@ -63,7 +64,7 @@ _next_due = sa.select(sa.func.min(schema.deadlines.c.due_micros)).where(
 )
 
 
-class SqlCommits(SqlGroups):
+class SqlCommits(SqlLeases):
     """The part of `Coordinator` about intents, the commit and deadlines."""
 
     def begin(self, lease: Lease, intent: Intent) -> None:

@@ -7,7 +7,7 @@ import msgspec
 import sqlalchemy as sa
 
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.streams.contracts import DeadLetter, Lease, Output, PayloadRef, Request
+from djp_dagster.streams.model import DeadLetter, Lease, Output, PayloadRef, Request
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.commit import SqlCommits
 from djp_dagster.streams.sql.database import new_id

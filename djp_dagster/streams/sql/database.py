@@ -62,8 +62,9 @@ class Database:
         self._clock = clock
         self._identity: tuple[int, int] | None = None
         # An in-memory database is one connection, so its transactions take turns.
-        in_memory = self.dialect == "sqlite" and self.path is None
-        self._turn: AbstractContextManager[Any] = threading.RLock() if in_memory else nullcontext()
+        self._in_memory = self.dialect == "sqlite" and self.path is None
+        self._turn: AbstractContextManager[Any] = threading.RLock() if self._in_memory else nullcontext()
+        self._only: Connection | None = None
         self.engine = self._make_engine()
         _forget_connections_after_fork(self.engine)
 
@@ -100,8 +101,12 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection for reading; each statement sees what is committed when it runs."""
-        with self._turn, self._translated(), self.engine.connect() as connection:
-            yield connection
+        with self._turn, self._translated():
+            if self._only is not None:
+                yield self._only
+                return
+            with self.engine.connect() as connection:
+                yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -117,6 +122,7 @@ class Database:
             try:
                 with self._translated():
                     self._begin(connection)
+                    self._only = connection if self._in_memory else None
                     yield connection
                 with self._translated(committing=True):
                     self._finish(connection)
@@ -124,6 +130,7 @@ class Database:
                 self._abandon(connection)
                 raise
             finally:
+                self._only = None
                 connection.close()
 
     def _begin(self, connection: Connection) -> None:

@@ -1,10 +1,4 @@
-"""Consumer groups, their committed offsets, tasks and leases, on SQL.
-
-A lease is (owner, epoch, expiry by the store's clock). Taking a task over raises its epoch, which fences the former
-holder: its next commit, heartbeat or intent finds another epoch and changes nothing. A lease cannot have more than its
-own time to live left; one that seems to was granted before the clock went back, and is cut to that length when somebody
-asks for it, so that a dead holder never outlives its lease by the size of the jump.
-"""
+"""Consumer groups and their committed offsets, on SQL."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,27 +8,18 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from djp_dagster.errors import (
-    FencedError,
     GroupMismatchError,
     InvalidSettingError,
     LeaseBusyError,
     OffsetOutOfRangeError,
     UnknownGroupError,
 )
-from djp_dagster.streams.contracts import (
-    Backlog,
-    GroupInfo,
-    GroupSpec,
-    Intent,
-    Lease,
-    Start,
-    TaskInfo,
-)
+from djp_dagster.streams.model import Backlog, GroupInfo, GroupSpec, Intent, Start
 from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.database import Database, new_id
 from djp_dagster.streams.sql.log import SqlEventLog, backlog_of
-from djp_dagster.streams.topics import INTERNAL_PREFIX, Topic, check_name
+from djp_dagster.streams.topics import Topic, changelog_of, check_name
 
 _groups, _tasks, _positions, _members = schema.groups, schema.tasks, schema.positions, schema.members
 _parts, _rows, _intents = schema.partitions, schema.record_batches, schema.intents
@@ -81,27 +66,12 @@ _pending = (
     )
     .where(_positions.c.group_id == _g)
 )
-_task_rows = sa.select(_tasks).where(_tasks.c.group_id == _g).order_by(_tasks.c.task)
-_prolong = (
-    sa.update(_tasks)
-    .where(
-        _tasks.c.group_id == _g,
-        _tasks.c.task == sa.bindparam("of_task"),
-        _tasks.c.epoch == sa.bindparam("of_epoch"),
-        _tasks.c.owner == sa.bindparam("of_owner"),
-    )
-    .values(expires_micros=sa.bindparam("until"))
-)
-_open_intents = sa.select(_intents.c.body).where(_intents.c.group_id == _g).order_by(_intents.c.batch_id)
-
-
-def changelog_of(group: str) -> str:
-    """The topic that carries the state changes of a stateful group."""
-    return f"{INTERNAL_PREFIX}changelog.{group}"
+task_rows = sa.select(_tasks).where(_tasks.c.group_id == _g).order_by(_tasks.c.task)
+open_intents = sa.select(_intents.c.body).where(_intents.c.group_id == _g).order_by(_intents.c.batch_id)
 
 
 class SqlGroups:
-    """The part of `Coordinator` about groups, offsets and leases."""
+    """The part of `Coordinator` about groups and offsets."""
 
     def __init__(self, log: SqlEventLog) -> None:
         self.log = log
@@ -242,15 +212,25 @@ class SqlGroups:
     def _holder_of(self, connection: Connection, name: str, group_id: int) -> LeaseBusyError | None:
         """Who holds a task of the group, to be raised after the transaction; locks the tasks."""
         now = self.database.now_micros(connection)
-        for row in connection.execute(_task_rows.with_for_update(), {"g": group_id}).all():
-            if _is_held(row, now):
+        for row in connection.execute(task_rows.with_for_update(), {"g": group_id}).all():
+            if is_held(row, now):
                 self._shorten(connection, row, now)
-                return _busy(name, row, now)
+                return busy_error(name, row, now)
         return None
+
+    def _shorten(self, connection: Connection, row: sa.Row[Any], now: int) -> None:
+        if row.expires_micros - now <= row.ttl_micros:
+            return
+        table = _tasks
+        connection.execute(
+            sa.update(table)
+            .where(table.c.group_id == row.group_id, table.c.task == row.task, table.c.epoch == row.epoch)
+            .values(expires_micros=now + row.ttl_micros)
+        )
 
     def _open_batch_of(self, connection: Connection, name: str, group_id: int) -> LeaseBusyError | None:
         """An open batch of the group, to be raised, unless it can never finish: retention has removed its records."""
-        for body in connection.execute(_open_intents, {"g": group_id}).scalars().all():
+        for body in connection.execute(open_intents, {"g": group_id}).scalars().all():
             intent = decode_intent(body)
             if not self._is_lost(connection, intent):
                 return LeaseBusyError(
@@ -290,156 +270,6 @@ class SqlGroups:
         with self.database.read() as connection:
             found = self._rows_of(connection, _pending, group)
             return backlog_of(found, self.database.now_micros(connection))
-
-    def tasks(self, group: str) -> list[TaskInfo]:
-        """See `Coordinator.tasks`."""
-        with self.database.read() as connection:
-            found = self._rows_of(connection, _task_rows, group)
-            now = self.database.now_micros(connection)
-        return [
-            TaskInfo(
-                task=row.task,
-                epoch=row.epoch,
-                owner=row.owner,
-                expires_micros=row.expires_micros,
-                worth_asking=not _is_held(row, now) or row.expires_micros - now > row.ttl_micros,
-                last_batch=row.last_batch,
-                last_attempt=row.last_attempt,
-            )
-            for row in found
-        ]
-
-    def acquire(self, group: str, tasks: Sequence[int] | None, owner: str, ttl_s: float) -> Lease:
-        """See `Coordinator.acquire`."""
-        busy: LeaseBusyError | None = None
-        epochs: dict[int, int] = {}
-        with self.database.write() as connection:
-            group_id = self._id_in(connection, group)
-            # All of the group's rows are locked, in order, so that two overlapping sets cannot wait for each other.
-            rows = {row.task: row for row in connection.execute(_task_rows.with_for_update(), {"g": group_id})}
-            now = self.database.now_micros(connection)
-            bodies = connection.execute(_open_intents, {"g": group_id}).scalars().all()
-            wanted, intents = _whole_sets(set(rows if tasks is None else tasks), [decode_intent(b) for b in bodies])
-            _require_tasks(group, wanted, rows)
-            for task in sorted(wanted):
-                if rows[task].owner != owner and _is_held(rows[task], now):
-                    busy = _busy(group, rows[task], now)
-                    self._shorten(connection, rows[task], now)
-                    break
-            else:
-                epochs = self._take(connection, group_id, sorted(wanted), rows, owner, ttl_s, now)
-        if busy is not None:
-            raise busy
-        return Lease(group, owner, ttl_s, epochs, tuple(intents))
-
-    def _take(
-        self,
-        connection: Connection,
-        group_id: int,
-        wanted: Sequence[int],
-        rows: Mapping[int, Any],
-        owner: str,
-        ttl_s: float,
-        now: int,
-    ) -> dict[int, int]:
-        # One epoch for the set, so that it serves as the fencing token of each of its tasks.
-        epoch = max(int(rows[task].epoch) for task in wanted) + 1
-        epochs = dict.fromkeys(wanted, epoch)
-        table = _tasks
-        statement = (
-            sa.update(table)
-            .where(table.c.group_id == _g, table.c.task == sa.bindparam("of_task"))
-            .values(
-                epoch=sa.bindparam("to_epoch"),
-                owner=owner,
-                ttl_micros=round(ttl_s * 1e6),
-                expires_micros=now + round(ttl_s * 1e6),
-            )
-        )
-        parameters = [{"g": group_id, "of_task": task, "to_epoch": epoch} for task, epoch in epochs.items()]
-        connection.execute(statement, parameters)
-        return epochs
-
-    def _shorten(self, connection: Connection, row: sa.Row[Any], now: int) -> None:
-        if row.expires_micros - now <= row.ttl_micros:
-            return
-        table = _tasks
-        connection.execute(
-            sa.update(table)
-            .where(table.c.group_id == row.group_id, table.c.task == row.task, table.c.epoch == row.epoch)
-            .values(expires_micros=now + row.ttl_micros)
-        )
-
-    def heartbeat(self, leases: Sequence[Lease]) -> None:
-        """See `Coordinator.heartbeat`."""
-        leases = [lease for lease in leases if lease.epochs]
-        if not leases:
-            return
-        with self.database.write() as connection:
-            now = self.database.now_micros(connection)
-            for lease in sorted(leases, key=lambda lease: lease.group):
-                self.prolong(connection, lease, now)
-
-    def prolong(self, connection: Connection, lease: Lease, now: int) -> None:
-        """Prolong the lease within a transaction; raises `FencedError`."""
-        until = now + round(lease.ttl_s * 1e6)
-        group_id = self.id_of(lease.group)
-        parameters = [
-            {"g": group_id, "of_task": task, "of_epoch": epoch, "of_owner": lease.owner, "until": until}
-            for task, epoch in sorted(lease.epochs.items())
-        ]
-        if connection.execute(_prolong, parameters).rowcount != len(parameters):
-            raise fenced(lease)
-
-    def release(self, lease: Lease) -> None:
-        """See `Coordinator.release`."""
-        table = _tasks
-        statement = (
-            sa.update(table)
-            .where(
-                table.c.group_id == _g,
-                table.c.task == sa.bindparam("of_task"),
-                table.c.epoch == sa.bindparam("of_epoch"),
-                table.c.owner == lease.owner,
-            )
-            .values(owner=None, expires_micros=0)
-        )
-        group_id = self.id_of(lease.group)
-        parameters = [
-            {"g": group_id, "of_task": task, "of_epoch": epoch} for task, epoch in sorted(lease.epochs.items())
-        ]
-        if parameters:
-            with self.database.write() as connection:
-                connection.execute(statement, parameters)
-                self.database.notify(connection)
-
-    def join(self, group: str, owner: str, ttl_s: float) -> int:
-        """See `Coordinator.join`."""
-        with self.database.write() as connection:
-            group_id = self._id_in(connection, group)
-            now = self.database.now_micros(connection)
-            ttl = round(ttl_s * 1e6)
-            here = (_members.c.group_id == group_id, _members.c.owner == owner)
-            values = {"ttl_micros": ttl, "expires_micros": now + ttl}
-            if connection.execute(sa.update(_members).where(*here).values(values)).rowcount == 0:
-                connection.execute(sa.insert(_members).values(group_id=group_id, owner=owner, **values))
-            connection.execute(
-                sa.delete(_members).where(
-                    _members.c.group_id == group_id,
-                    sa.or_(
-                        _members.c.expires_micros <= now,
-                        _members.c.expires_micros > now + _members.c.ttl_micros,  # written before the clock went back
-                    ),
-                )
-            )
-            query = sa.select(sa.func.count()).select_from(_members).where(_members.c.group_id == group_id)
-            return int(connection.execute(query).scalar_one())
-
-    def leave(self, group: str, owner: str) -> None:
-        """See `Coordinator.leave`."""
-        group_id = self.id_of(group)
-        with self.database.write() as connection:
-            connection.execute(sa.delete(_members).where(_members.c.group_id == group_id, _members.c.owner == owner))
 
     def seek(self, group: str, owner: str, to: Start | Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """See `Coordinator.seek`."""
@@ -501,16 +331,6 @@ class SqlGroups:
         return dict(to)
 
 
-def fenced(lease: Lease) -> FencedError:
-    """The error of a lease that somebody else has taken over."""
-    return FencedError(
-        f"{lease.owner} lost its lease on group {lease.group!r} tasks {sorted(lease.epochs)}: another holder took over "
-        "and continues; nothing of this attempt was committed",
-        group=lease.group,
-        owner=lease.owner,
-    )
-
-
 def _new_task(group_id: int, task: int) -> dict[str, object]:
     return {
         "group_id": group_id,
@@ -525,11 +345,13 @@ def _new_task(group_id: int, task: int) -> dict[str, object]:
     }
 
 
-def _is_held(row: sa.Row[Any], now: int) -> bool:
+def is_held(row: sa.Row[Any], now: int) -> bool:
+    """Whether somebody holds the task."""
     return row.owner is not None and row.expires_micros > now
 
 
-def _busy(group: str, row: sa.Row[Any], now: int) -> LeaseBusyError:
+def busy_error(group: str, row: sa.Row[Any], now: int) -> LeaseBusyError:
+    """The error that names who holds the task, and for how long."""
     left_s = min(row.expires_micros - now, row.ttl_micros) / 1e6
     return LeaseBusyError(
         f"task {row.task} of group {group!r} is leased by {row.owner!r} for {left_s:.1f} s more unless prolonged; "
@@ -539,25 +361,6 @@ def _busy(group: str, row: sa.Row[Any], now: int) -> LeaseBusyError:
         holder=row.owner,
         left_s=left_s,
     )
-
-
-def _whole_sets(wanted: set[int], intents: Sequence[Intent]) -> tuple[set[int], list[Intent]]:
-    """Grow the tasks until every open intent is in it wholly or not at all."""
-    grown = set(wanted)
-    while True:
-        touched = [intent for intent in intents if grown & set(intent.tasks)]
-        larger = grown.union(*(intent.tasks for intent in touched))
-        if larger == grown:
-            return grown, touched
-        grown = larger
-
-
-def _require_tasks(group: str, wanted: set[int], rows: Mapping[int, object]) -> None:
-    unknown = sorted(wanted - set(rows))
-    if unknown:
-        raise InvalidSettingError(
-            f"group {group!r} has tasks 0 to {len(rows) - 1}, not {unknown}", setting="tasks", value=unknown
-        )
 
 
 def _group_info(row: Any) -> GroupInfo:

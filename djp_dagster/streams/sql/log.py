@@ -15,7 +15,8 @@ from djp_dagster.errors import (
     StreamUnavailableError,
     UnknownTopicError,
 )
-from djp_dagster.streams.contracts import (
+from djp_dagster.streams.contracts import Watcher
+from djp_dagster.streams.model import (
     Appended,
     Backlog,
     Capabilities,
@@ -23,7 +24,6 @@ from djp_dagster.streams.contracts import (
     ProducerStamp,
     TopicInfo,
     TrimReport,
-    Watcher,
 )
 from djp_dagster.streams.records import EncodedBatch, StoredBatch, TopicPartition, record_sizes
 from djp_dagster.streams.sql import retention, schema
@@ -67,27 +67,31 @@ _floor = (
     .limit(1)
 )
 _first = _floor.subquery()
-_read = (
-    sa.select(
-        _rows.c.base_offset,
-        _rows.c["count"],
-        _rows.c.append_micros,
-        _rows.c.codec,
-        _rows.c.blob,
-    )
-    .select_from(_rows.join(_first, sa.true()))
+_MAX_ROWS_PER_READ = 256
+# Index entries only, and a bounded number of them: the byte limit alone would look at all that lie before ``until``.
+_ahead = (
+    sa.select(_rows.c.row_id, _rows.c.base_offset, _rows.c["count"], _rows.c.base_bytes, _rows.c.bytes)
     .where(
         _rows.c.topic_id == _t,
         _rows.c.partition == _p,
-        _rows.c.base_offset >= _first.c.base_offset,
+        _rows.c.base_offset >= sa.select(_first.c.base_offset).scalar_subquery(),
         _rows.c.base_offset < sa.bindparam("until"),
-        _rows.c.base_offset + _rows.c["count"] > _offset,
-        sa.or_(
-            _rows.c.base_offset == _first.c.base_offset,
-            _rows.c.base_bytes + _rows.c.bytes <= _first.c.base_bytes + sa.bindparam("max_bytes"),
-        ),
     )
     .order_by(_rows.c.base_offset)
+    .limit(_MAX_ROWS_PER_READ)
+    .subquery()
+)
+_read = (
+    sa.select(_ahead.c.base_offset, _ahead.c["count"], _rows.c.append_micros, _rows.c.codec, _rows.c.blob)
+    .select_from(_ahead.join(_first, sa.true()).join(_rows, _rows.c.row_id == _ahead.c.row_id))
+    .where(
+        _ahead.c.base_offset + _ahead.c["count"] > _offset,
+        sa.or_(
+            _ahead.c.base_offset == _first.c.base_offset,
+            _ahead.c.base_bytes + _ahead.c.bytes <= _first.c.base_bytes + sa.bindparam("max_bytes"),
+        ),
+    )
+    .order_by(_ahead.c.base_offset)
 )
 _spans = sa.select(
     _parts.c.topic_id, _parts.c.partition, _parts.c.begin_offset, _parts.c.end_offset, _parts.c.last_append_micros
@@ -96,16 +100,17 @@ _span = sa.select(_parts.c.begin_offset, _parts.c.end_offset).where(_parts.c.top
 _at_time = sa.select(sa.func.min(_rows.c.base_offset)).where(
     _rows.c.topic_id == _t, _rows.c.partition == _p, _rows.c.append_micros >= sa.bindparam("micros")
 )
-_last_within = (
-    sa.select(_rows.c.base_offset, _rows.c["count"], _rows.c.base_bytes, _rows.c.bytes)
+# Ascending, so that the look ends where the batch does, not where the backlog does.
+_first_beyond = (
+    sa.select(_rows.c.base_offset)
     .where(
         _rows.c.topic_id == _t,
         _rows.c.partition == _p,
         _rows.c.base_offset >= sa.bindparam("first"),
         _rows.c.base_offset < sa.bindparam("until"),
-        _rows.c.base_bytes < sa.bindparam("limit_bytes"),
+        _rows.c.base_bytes >= sa.bindparam("limit_bytes"),
     )
-    .order_by(_rows.c.base_offset.desc())
+    .order_by(_rows.c.base_offset)
     .limit(1)
 )
 _producer = sa.select(schema.producers).where(schema.producers.c.name == sa.bindparam("n")).with_for_update()
@@ -345,21 +350,20 @@ class SqlEventLog:
         """See `EventLog.cut`."""
         if start >= end or max_bytes <= 0:
             return start
-        parameters: dict[str, object] = {"t": self.catalog.id_of(at.topic), "p": at.partition}
+        here: dict[str, object] = {"t": self.catalog.id_of(at.topic), "p": at.partition}
         with self.database.read() as connection:
-            first = connection.execute(_floor, {**parameters, "at": start}).one_or_none()
-        if first is None:
-            return end  # reading will say that the records are gone
-        before = 0
-        if start > first.base_offset:
-            before = sum(self._sizes(at, first.base_offset)[: start - first.base_offset])
-        limit = first.base_bytes + before + max_bytes
-        with self.database.read() as connection:
-            found = {"first": first.base_offset, "until": end, "limit_bytes": limit}
-            last = connection.execute(_last_within, {**parameters, **found}).one_or_none()
+            first = connection.execute(_floor, {**here, "at": start}).one_or_none()
+            if first is None:
+                return end  # reading will say that the records are gone
+            limit = first.base_bytes + max_bytes
+            if start > first.base_offset:
+                limit += sum(self._sizes(at, first.base_offset)[: start - first.base_offset])
+            parameters = {**here, "first": first.base_offset, "until": end, "limit_bytes": limit}
+            beyond = connection.execute(_first_beyond, parameters).scalar_one_or_none()
+            last = connection.execute(_floor, {**here, "at": (beyond or end) - 1}).one_or_none()
         if last is None:
             return end  # trimmed between two look-ups
-        base, count, base_bytes, size = map(int, last)
+        base, count, base_bytes, size, _ = map(int, last)
         if base_bytes + size <= limit:
             return min(end, base + count)
         room = limit - base_bytes

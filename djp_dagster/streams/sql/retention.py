@@ -11,7 +11,7 @@ import logging
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from djp_dagster.streams.contracts import TopicInfo, TrimReport
+from djp_dagster.streams.model import TopicInfo, TrimReport
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.catalog import TopicCatalog
 from djp_dagster.streams.sql.database import Database

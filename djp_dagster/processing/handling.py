@@ -1,0 +1,123 @@
+"""Steps 3 and 4 of the protocol: read a batch for its handler, run the handler, collect what it wants to happen."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from djp_dagster.processing.batch import Batch, read_ranges
+from djp_dagster.processing.consumer import Consumer
+from djp_dagster.processing.crash_points import reach
+from djp_dagster.processing.effects import Effects, EmitScope, Position
+from djp_dagster.processing.failures import HandlerError, blocked, systemic
+from djp_dagster.state.store import Change, TaskState, TaskStores
+from djp_dagster.streams.model import DeadLetter, Intent, Lease, Range
+from djp_dagster.streams.records import EncodedBatch, Origin, Record, Undecodable, decode_one
+from djp_dagster.streams.stream import EventStream
+
+
+class Attempt(msgspec.Struct):
+    """One successful run of the handler, ready to commit.
+
+    Attributes:
+        value: what the handler returned.
+        letters: the dead letters it was given, in a redrive.
+    """
+
+    effects: Effects
+    emits: tuple[EncodedBatch, ...]
+    changes: list[Change]
+    value: Any
+    letters: Sequence[DeadLetter]
+
+
+class Handling:
+    """Runs a consumer's handler on batches, or on parts of them.
+
+    Args:
+        stream: where the records are.
+        consumer: whose handler to run.
+        resources: its further parameters.
+        stores: the local state of its tasks.
+    """
+
+    def __init__(
+        self, stream: EventStream, consumer: Consumer, resources: Mapping[str, Any], stores: TaskStores
+    ) -> None:
+        self._stream, self._consumer, self._stores = stream, consumer, stores
+        self._resources = consumer.resources_from(resources)
+        self._emit_topics = [stream.log.topic(topic.name) for topic in consumer.emits]
+        self._input_topics = {topic.name: stream.log.topic(topic.name) for topic in consumer.topics}
+        self._scope = f"{stream.incarnation[:12]}/{consumer.group}"
+
+    def run(self, lease: Lease, intent: Intent, ranges: Sequence[Range], skip: frozenset[Position]) -> Attempt:
+        """Run the handler on ``ranges`` without ``skip`` (in a redrive: on the intent's dead letters).
+
+        Raises:
+            HandlerError: the handler failed, transiently or terminally; nothing of it is kept.
+        """
+        consumer = self._consumer
+        scope = EmitScope(self._stream.incarnation, consumer.group, intent.batch_id)
+        effects = Effects(scope, self._emit_topics, consumer.max_emit_bytes)
+        state = TaskState(self._stores.caught_up(intent.tasks[0])) if consumer.stateful else None
+        redrive = intent.kind == "redrive"
+        letters = self._letters_of(intent) if redrive else ()
+        log = self._stream.log
+        batch = Batch(
+            intent,
+            source=lambda: self._read_letters(letters) if redrive else read_ranges(log, ranges, skip, self._scope),
+            size=len(letters) if redrive else sum(part.end - part.start for part in ranges) - len(skip),
+            effects=effects,
+            topics=self._input_topics,
+            fencing_token=max(lease.epochs[task] for task in intent.tasks),
+            state=state,
+            # A redrive that fails says nothing about what is pending.
+            max_poison=len(letters) if redrive else consumer.max_poison,
+            blocks=consumer.on_poison == "block" and not redrive,
+        )
+        reach("4.handling")
+        try:
+            value = self._call(batch, effects, state)
+            emits = effects.encode_emits()
+            changes = state.changes() if state is not None else []
+        except Exception as error:
+            if consumer.retry.judge(error) in ("outage", "fatal"):
+                raise
+            raise HandlerError(error) from error
+        return Attempt(effects, emits, changes, value, letters)
+
+    def _call(self, batch: Batch, effects: Effects, state: TaskState | None) -> Any:
+        consumer = self._consumer
+        if consumer.isolate == "batch":
+            return consumer.handler(batch, **self._resources)
+        resources = {**self._resources, "batch": batch} if consumer.wants_batch else self._resources
+        for record in batch:
+            mark, state_mark = effects.mark(), state.mark() if state is not None else 0
+            try:
+                consumer.handler(record, **resources)
+            except Exception as error:
+                if consumer.retry.judge(error) != "terminal":
+                    raise
+                effects.undo(mark)
+                if state is not None:
+                    state.undo(state_mark)
+                batch.fail(record, error)
+                self._require_tolerable(batch, record, effects)
+        return None
+
+    def _require_tolerable(self, batch: Batch, record: Record, effects: Effects) -> None:
+        found = effects.failed[record.position]
+        if batch.blocks:
+            raise blocked(batch.group, found)
+        if len(effects.failed) > batch.max_poison:
+            raise systemic(batch.group, batch.max_poison, batch.id, len(effects.failed), found.error_type, found.error)
+
+    def _letters_of(self, intent: Intent) -> list[DeadLetter]:
+        letters = self._stream.coordinator.dead_letters_by_id(intent.group, intent.dead_letters)
+        return [letter for letter in letters if letter.status == "pending"]
+
+    def _read_letters(self, letters: Sequence[DeadLetter]) -> Iterator[tuple[list[Record], list[Undecodable]]]:
+        for letter in letters:
+            origin = Origin(letter.topic, letter.partition, letter.append_micros, self._scope)
+            record = decode_one(letter.raw, letter.offset, origin)
+            yield ([], [record]) if isinstance(record, Undecodable) else ([record], [])

@@ -1,0 +1,30 @@
+"""`BatchReport`: what a committed batch did."""
+
+import msgspec
+
+from djp_dagster.streams.model import PayloadRef, Range
+
+
+class BatchReport(msgspec.Struct, frozen=True):
+    """What a committed batch did, for logs, metadata and metrics.
+
+    Attributes:
+        seconds: from the start of its last attempt to its commit.
+        handler_seconds, commit_seconds: the parts of that.
+    """
+
+    batch_id: str
+    group: str
+    kind: str
+    reason: str
+    attempt: int
+    ranges: tuple[Range, ...]
+    events: int
+    emitted: int
+    dead_letters: int
+    state_changes: int
+    deadlines: int
+    output: PayloadRef | None
+    seconds: float
+    handler_seconds: float
+    commit_seconds: float

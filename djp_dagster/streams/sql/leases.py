@@ -1,0 +1,205 @@
+"""Leases and memberships, on SQL.
+
+A lease is (owner, epoch, expiry by the store's clock). Taking a task over raises its epoch, which fences the former
+holder: its next commit, heartbeat or intent finds another epoch and changes nothing. A lease cannot have more than its
+own time to live left; one that seems to was granted before the clock went back, and is cut to that length when somebody
+asks for it, so that a dead holder never outlives its lease by the size of the jump.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from djp_dagster.errors import FencedError, InvalidSettingError, LeaseBusyError
+from djp_dagster.streams.model import Intent, Lease, TaskInfo
+from djp_dagster.streams.sql import schema
+from djp_dagster.streams.sql.groups import SqlGroups, busy_error, decode_intent, is_held, open_intents, task_rows
+
+_tasks, _members = schema.tasks, schema.members
+_g: sa.BindParameter[int] = sa.bindparam("g")
+
+_prolong = (
+    sa.update(_tasks)
+    .where(
+        _tasks.c.group_id == _g,
+        _tasks.c.task == sa.bindparam("of_task"),
+        _tasks.c.epoch == sa.bindparam("of_epoch"),
+        _tasks.c.owner == sa.bindparam("of_owner"),
+    )
+    .values(expires_micros=sa.bindparam("until"))
+)
+
+
+class SqlLeases(SqlGroups):
+    """The part of `Coordinator` about leases and memberships."""
+
+    def tasks(self, group: str) -> list[TaskInfo]:
+        """See `Coordinator.tasks`."""
+        with self.database.read() as connection:
+            found = self._rows_of(connection, task_rows, group)
+            now = self.database.now_micros(connection)
+        return [
+            TaskInfo(
+                task=row.task,
+                epoch=row.epoch,
+                owner=row.owner,
+                expires_micros=row.expires_micros,
+                worth_asking=not is_held(row, now) or row.expires_micros - now > row.ttl_micros,
+                last_batch=row.last_batch,
+                last_attempt=row.last_attempt,
+            )
+            for row in found
+        ]
+
+    def acquire(self, group: str, tasks: Sequence[int] | None, owner: str, ttl_s: float) -> Lease:
+        """See `Coordinator.acquire`."""
+        busy: LeaseBusyError | None = None
+        epochs: dict[int, int] = {}
+        with self.database.write() as connection:
+            group_id = self._id_in(connection, group)
+            # All of the group's rows are locked, in order, so that two overlapping sets cannot wait for each other.
+            rows = {row.task: row for row in connection.execute(task_rows.with_for_update(), {"g": group_id})}
+            now = self.database.now_micros(connection)
+            bodies = connection.execute(open_intents, {"g": group_id}).scalars().all()
+            wanted, intents = _whole_sets(set(rows if tasks is None else tasks), [decode_intent(b) for b in bodies])
+            _require_tasks(group, wanted, rows)
+            for task in sorted(wanted):
+                if rows[task].owner != owner and is_held(rows[task], now):
+                    busy = busy_error(group, rows[task], now)
+                    self._shorten(connection, rows[task], now)
+                    break
+            else:
+                epochs = self._take(connection, group_id, sorted(wanted), rows, owner, ttl_s, now)
+        if busy is not None:
+            raise busy
+        return Lease(group, owner, ttl_s, epochs, tuple(intents))
+
+    def _take(
+        self,
+        connection: Connection,
+        group_id: int,
+        wanted: Sequence[int],
+        rows: Mapping[int, Any],
+        owner: str,
+        ttl_s: float,
+        now: int,
+    ) -> dict[int, int]:
+        # One epoch for the set, so that it serves as the fencing token of each of its tasks.
+        epoch = max(int(rows[task].epoch) for task in wanted) + 1
+        epochs = dict.fromkeys(wanted, epoch)
+        table = _tasks
+        statement = (
+            sa.update(table)
+            .where(table.c.group_id == _g, table.c.task == sa.bindparam("of_task"))
+            .values(
+                epoch=sa.bindparam("to_epoch"),
+                owner=owner,
+                ttl_micros=round(ttl_s * 1e6),
+                expires_micros=now + round(ttl_s * 1e6),
+            )
+        )
+        parameters = [{"g": group_id, "of_task": task, "to_epoch": epoch} for task, epoch in epochs.items()]
+        connection.execute(statement, parameters)
+        return epochs
+
+    def heartbeat(self, leases: Sequence[Lease]) -> None:
+        """See `Coordinator.heartbeat`."""
+        leases = [lease for lease in leases if lease.epochs]
+        if not leases:
+            return
+        with self.database.write() as connection:
+            now = self.database.now_micros(connection)
+            for lease in sorted(leases, key=lambda lease: lease.group):
+                self.prolong(connection, lease, now)
+
+    def prolong(self, connection: Connection, lease: Lease, now: int) -> None:
+        """Prolong the lease within a transaction; raises `FencedError`."""
+        until = now + round(lease.ttl_s * 1e6)
+        group_id = self.id_of(lease.group)
+        parameters = [
+            {"g": group_id, "of_task": task, "of_epoch": epoch, "of_owner": lease.owner, "until": until}
+            for task, epoch in sorted(lease.epochs.items())
+        ]
+        if connection.execute(_prolong, parameters).rowcount != len(parameters):
+            raise fenced(lease)
+
+    def release(self, lease: Lease) -> None:
+        """See `Coordinator.release`."""
+        table = _tasks
+        statement = (
+            sa.update(table)
+            .where(
+                table.c.group_id == _g,
+                table.c.task == sa.bindparam("of_task"),
+                table.c.epoch == sa.bindparam("of_epoch"),
+                table.c.owner == lease.owner,
+            )
+            .values(owner=None, expires_micros=0)
+        )
+        group_id = self.id_of(lease.group)
+        parameters = [
+            {"g": group_id, "of_task": task, "of_epoch": epoch} for task, epoch in sorted(lease.epochs.items())
+        ]
+        if parameters:
+            with self.database.write() as connection:
+                connection.execute(statement, parameters)
+                self.database.notify(connection)
+
+    def join(self, group: str, owner: str, ttl_s: float) -> int:
+        """See `Coordinator.join`."""
+        with self.database.write() as connection:
+            group_id = self._id_in(connection, group)
+            now = self.database.now_micros(connection)
+            ttl = round(ttl_s * 1e6)
+            here = (_members.c.group_id == group_id, _members.c.owner == owner)
+            values = {"ttl_micros": ttl, "expires_micros": now + ttl}
+            if connection.execute(sa.update(_members).where(*here).values(values)).rowcount == 0:
+                connection.execute(sa.insert(_members).values(group_id=group_id, owner=owner, **values))
+            connection.execute(
+                sa.delete(_members).where(
+                    _members.c.group_id == group_id,
+                    sa.or_(
+                        _members.c.expires_micros <= now,
+                        _members.c.expires_micros > now + _members.c.ttl_micros,  # written before the clock went back
+                    ),
+                )
+            )
+            query = sa.select(sa.func.count()).select_from(_members).where(_members.c.group_id == group_id)
+            return int(connection.execute(query).scalar_one())
+
+    def leave(self, group: str, owner: str) -> None:
+        """See `Coordinator.leave`."""
+        group_id = self.id_of(group)
+        with self.database.write() as connection:
+            connection.execute(sa.delete(_members).where(_members.c.group_id == group_id, _members.c.owner == owner))
+
+
+def _whole_sets(wanted: set[int], intents: Sequence[Intent]) -> tuple[set[int], list[Intent]]:
+    """Grow the tasks until every open intent is in it wholly or not at all."""
+    grown = set(wanted)
+    while True:
+        touched = [intent for intent in intents if grown & set(intent.tasks)]
+        larger = grown.union(*(intent.tasks for intent in touched))
+        if larger == grown:
+            return grown, touched
+        grown = larger
+
+
+def _require_tasks(group: str, wanted: set[int], rows: Mapping[int, object]) -> None:
+    unknown = sorted(wanted - set(rows))
+    if unknown:
+        raise InvalidSettingError(
+            f"group {group!r} has tasks 0 to {len(rows) - 1}, not {unknown}", setting="tasks", value=unknown
+        )
+
+
+def fenced(lease: Lease) -> FencedError:
+    """The error of a lease that somebody else has taken over."""
+    return FencedError(
+        f"{lease.owner} lost its lease on group {lease.group!r} tasks {sorted(lease.epochs)}: another holder took over "
+        "and continues; nothing of this attempt was committed",
+        group=lease.group,
+        owner=lease.owner,
+    )

@@ -1,0 +1,1 @@
+"""The event stream: its contracts, codecs and publishing."""
