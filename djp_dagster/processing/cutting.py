@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from djp_dagster.processing.threshold import Threshold
 from djp_dagster.streams.contracts import EventLog
 from djp_dagster.streams.model import Deadline, Range
-from djp_dagster.streams.records import TopicPartition
+from djp_dagster.streams.records import MAX_BLOB_BYTES, TopicPartition
 
 
 def cut_ranges(
@@ -51,9 +51,11 @@ def _bounded_by_bytes(
     if len(ends) == 1:
         ((at, end),) = ends.items()
         return {at: max(log.cut(at, positions[at], end, max_bytes=limit), positions[at] + 1)}
-    weights = {at: log.backlog({at: positions[at]}).bytes or 1 for at in ends}
+    backlogs = {at: log.backlog({at: positions[at]}) for at in ends}
+    weights = {at: backlog.bytes or 1 for at, backlog in backlogs.items()}
     total = sum(weights.values())
-    if total <= limit:
+    # An estimate is wrong by less than the record batch that the position lies in.
+    if total + MAX_BLOB_BYTES * sum(backlog.estimated for backlog in backlogs.values()) <= limit:
         return dict(ends)
     cut = {at: log.cut(at, positions[at], end, max_bytes=limit * weights[at] // total) for at, end in ends.items()}
     if all(cut[at] == positions[at] for at in cut):

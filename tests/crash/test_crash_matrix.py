@@ -106,6 +106,8 @@ def random_kills(arena: Arena, seed: random.Random, kills: int) -> None:
 
     wait_for(published, "the publisher to finish")
     arena.settle()
+    repeated = arena.books.db.execute("SELECT count(*) FROM djp_outputs WHERE attempt > 1").fetchone()[0]
+    assert repeated, "no kill hit a batch under way: this test shows nothing"
     acknowledged = {event.data["n"] for number in range(1, total + 1) for event in world.orders_of(number, salt)}
     assert {event[DATA]["n"] for _, _, event in arena.books.topic("orders")} == acknowledged
     check(arena.books, acknowledged)

@@ -96,7 +96,7 @@ class SqlGroups:
             self._ids.pop(name, None)
             raise UnknownGroupError(
                 f"consumer group {name!r} does not exist in stream {self.database.label}; "
-                "it is created when its consumer first runs, or with stream.ensure_group(...)",
+                "it is created when its consumer first runs, or with consumer.register(stream)",
                 group=name,
             )
         self._ids[name] = row.group_id
