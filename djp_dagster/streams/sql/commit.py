@@ -16,19 +16,22 @@ from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.groups import decode_intent, encode_json
 from djp_dagster.streams.sql.leases import SqlLeases, fenced
+from djp_dagster.streams.sql.prepared import Prepared
 
 _intents, _tasks, _positions = schema.intents, schema.tasks, schema.positions
 _g: sa.BindParameter[int] = sa.bindparam("g")
 
-_insert_intent = sa.insert(_intents)
+_insert_intent = Prepared(sa.insert(_intents), columns=[column.name for column in _intents.c])
 _select_intent = sa.select(_intents).where(_intents.c.batch_id == sa.bindparam("b"), _intents.c.group_id == _g)
 _update_intent = (
     sa.update(_intents)
     .where(_intents.c.batch_id == sa.bindparam("b"), _intents.c.group_id == _g)
     .values(attempt=sa.bindparam("to_attempt"), running=sa.bindparam("to_running"), body=sa.bindparam("to_body"))
 )
-_delete_intent = sa.delete(_intents).where(_intents.c.batch_id == sa.bindparam("b"), _intents.c.group_id == _g)
-_mark_task = (
+_delete_intent = Prepared(
+    sa.delete(_intents).where(_intents.c.batch_id == sa.bindparam("b"), _intents.c.group_id == _g)
+)
+_mark_task = Prepared(
     sa.update(_tasks)
     .where(
         _tasks.c.group_id == _g,
@@ -38,7 +41,7 @@ _mark_task = (
     )
     .values(last_batch=sa.bindparam("b"), last_attempt=sa.bindparam("a"), last_epoch=sa.bindparam("of_epoch"))
 )
-_move_position = (
+_move_position = Prepared(
     sa.update(_positions)
     .where(
         _positions.c.group_id == _g,
@@ -78,7 +81,7 @@ class SqlCommits(SqlLeases):
         }
         with self.database.write() as connection:
             self.prolong(connection, lease.part(intent.tasks), self.database.now_micros(connection))
-            connection.execute(_insert_intent, values)
+            _insert_intent.run(connection, values)
 
     def resume(self, lease: Lease, batch_id: str) -> Intent:
         """See `Coordinator.resume`."""
@@ -125,7 +128,7 @@ class SqlCommits(SqlLeases):
             appended = self._append(connection, commit)
             self._move_positions(connection, group_id, commit)
             self._record_effects(connection, group_id, commit)
-            if connection.execute(_delete_intent, {"b": commit.intent.batch_id, "g": group_id}).rowcount != 1:
+            if _delete_intent.run(connection, {"b": commit.intent.batch_id, "g": group_id}) != 1:
                 raise fenced(commit.lease)
             if appended:
                 self.database.notify(connection)
@@ -144,7 +147,7 @@ class SqlCommits(SqlLeases):
             }
             for task in sorted(intent.tasks)
         ]
-        if connection.execute(_mark_task, parameters).rowcount != len(parameters):
+        if _mark_task.run_each(connection, parameters) != len(parameters):
             raise fenced(lease)
 
     def _require_inputs_read(self, connection: Connection, commit: Commit) -> None:
@@ -197,7 +200,7 @@ class SqlCommits(SqlLeases):
             }
             for part in commit.intent.ranges
         ]
-        if connection.execute(_move_position, parameters).rowcount != len(parameters):
+        if _move_position.run_each(connection, parameters) != len(parameters):
             raise fenced(commit.lease)
 
     def _record_effects(self, connection: Connection, group_id: int, commit: Commit) -> None:

@@ -5,6 +5,7 @@ PostgreSQL row locks on tasks, then the group, then partitions by (topic, partit
 """
 
 import os
+import random
 import sqlite3
 import stat
 import threading
@@ -13,12 +14,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from djp_dagster.errors import (
     DjpError,
@@ -36,6 +38,7 @@ Clock = Callable[[], float]
 
 NOTIFY_CHANNEL = "djp_stream"
 _BUSY_TIMEOUT_S = 30.0
+_inherited: list[object] = []
 
 
 class Database:
@@ -62,11 +65,17 @@ class Database:
         self._clock = clock
         self._identity: tuple[int, int] | None = None
         # An in-memory database is one connection, so its transactions take turns.
-        self._in_memory = self.dialect == "sqlite" and self.path is None
-        self._turn: AbstractContextManager[Any] = threading.RLock() if self._in_memory else nullcontext()
-        self._only: Connection | None = None
+        in_memory = self.dialect == "sqlite" and self.path is None
+        self._turn: AbstractContextManager[Any] = threading.RLock() if in_memory else nullcontext()
         self.engine = self._make_engine()
-        _forget_connections_after_fork(self.engine)
+        # Autocommit: a single SELECT needs no BEGIN and no ROLLBACK around it.
+        self._reader = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        driver = self.engine.dialect.dbapi
+        assert driver is not None
+        self._driver_error: type[Exception] = driver.Error
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._mine = _holder(shared=in_memory)
+        _forget_connections_after_fork(self)
 
     @property
     def label(self) -> str:
@@ -80,10 +89,11 @@ class Database:
     def _make_engine(self) -> Engine:
         if self.dialect == "postgresql":
             return sa.create_engine(self.url, isolation_level="READ COMMITTED", pool_size=4, max_overflow=16)
-        arguments: dict[str, Any] = {"connect_args": {"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False}}
-        if self.path is None:
-            arguments["poolclass"] = StaticPool
-        engine = sa.create_engine(self.url, **arguments)
+        engine = sa.create_engine(
+            self.url,
+            connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+            poolclass=NullPool if self.path is not None else StaticPool,
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         return engine
 
@@ -101,12 +111,12 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection for reading; each statement sees what is committed when it runs."""
-        with self._turn, self._translated():
-            if self._only is not None:
-                yield self._only
-                return
-            with self.engine.connect() as connection:
-                yield connection
+        if self.dialect == "sqlite":
+            with self._turn, self._translated():
+                yield self._thread_connection()
+            return
+        with self._translated(), self._reader.connect() as connection, self._translated(connection):
+            yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -118,30 +128,37 @@ class Database:
         with self._turn:
             with self._translated():
                 self._require_same_file()
-                connection = self.engine.connect()
+                connection = self._thread_connection() if self.dialect == "sqlite" else self.engine.connect()
             try:
-                with self._translated():
+                with self._translated(connection):
                     self._begin(connection)
-                    self._only = connection if self._in_memory else None
                     yield connection
-                with self._translated(committing=True):
+                with self._translated(connection, committing=True):
                     self._finish(connection)
             except BaseException:
                 self._abandon(connection)
                 raise
             finally:
-                self._only = None
-                connection.close()
+                if self.dialect != "sqlite":
+                    connection.close()
+
+    def _thread_connection(self) -> Connection:
+        """This thread's connection. Taking one from a pool costs more than most of our statements."""
+        connection: Connection | None = getattr(self._mine, "connection", None)
+        if connection is None or connection.closed or connection.invalidated:
+            connection = self._mine.connection = self.engine.connect()
+            self._connections.add(connection)
+        return connection
 
     def _begin(self, connection: Connection) -> None:
         if self.dialect == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            _begin_immediate(raw_connection(connection))
         else:
             connection.begin()
 
     def _finish(self, connection: Connection) -> None:
         if self.dialect == "sqlite":
-            connection.exec_driver_sql("COMMIT")
+            raw_connection(connection).execute("COMMIT")
         else:
             connection.commit()
 
@@ -149,9 +166,9 @@ class Database:
         try:
             if self.dialect != "sqlite":
                 connection.rollback()
-            elif connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
-                connection.exec_driver_sql("ROLLBACK")
-        except sa.exc.DBAPIError:
+            elif (raw := raw_connection(connection)).in_transaction:
+                raw.execute("ROLLBACK")
+        except (sa.exc.DBAPIError, self._driver_error):
             connection.invalidate()
 
     def notify(self, connection: Connection) -> None:
@@ -160,17 +177,22 @@ class Database:
             connection.execute(_PG_NOTIFY)
 
     @contextmanager
-    def _translated(self, *, committing: bool = False) -> Iterator[None]:
+    def _translated(self, connection: Connection | None = None, *, committing: bool = False) -> Iterator[None]:
         try:
             yield
         except sa.exc.DBAPIError as error:
-            raise self._typed(error, committing) from error
+            raise self._typed(error.orig or error, committing, gone=error.connection_invalidated) from error
+        except self._driver_error as error:
+            gone = connection is not None and self.engine.dialect.is_disconnect(error, None, None)  # type: ignore[arg-type]
+            if gone and connection is not None:
+                connection.invalidate()
+            raise self._typed(error, committing, gone=gone) from error
 
-    def _typed(self, error: sa.exc.DBAPIError, committing: bool) -> Exception:
+    def _typed(self, error: BaseException, committing: bool, *, gone: bool) -> BaseException:
         if self.dialect == "sqlite":
             return self._typed_sqlite(error, committing)
-        state = getattr(error.orig, "sqlstate", None) or ""
-        if error.connection_invalidated or state[:2] in ("08", "57") or not state:
+        state = getattr(error, "sqlstate", None) or ""
+        if gone or state[:2] in ("08", "57") or not state:
             return StreamUnavailableError(
                 f"stream {self.label}: the database is away ({_first_line(error)}); it is tried again",
                 stream=self.label,
@@ -186,8 +208,8 @@ class Database:
             )
         return error
 
-    def _typed_sqlite(self, error: sa.exc.DBAPIError, committing: bool) -> Exception:
-        name = getattr(error.orig, "sqlite_errorname", None) or _legacy_error_name(str(error.orig))
+    def _typed_sqlite(self, error: BaseException, committing: bool) -> BaseException:
+        name = getattr(error, "sqlite_errorname", None) or _legacy_error_name(str(error))
         where = f"stream {self.label}"
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             return StreamBusyError(f"{where}: locked for {_BUSY_TIMEOUT_S:.0f} s; try again", stream=self.label)
@@ -195,21 +217,21 @@ class Database:
             return StreamFullError(f"{where}: no space left; free some and try again", stream=self.label)
         if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             return StreamNotWritableError(
-                f"{where}: {error.orig}; make the folder exist and writable for this user", stream=self.label
+                f"{where}: {error}; make the folder exist and writable for this user", stream=self.label
             )
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             return StreamCorruptError(
-                f"{where}: {error.orig}; restore it from a backup", stream=self.label, path=str(self.path)
+                f"{where}: {error}; restore it from a backup", stream=self.label, path=str(self.path)
             )
         if name.startswith("SQLITE_IOERR"):
             return self._typed_io_error(error, committing)
         return error
 
-    def _typed_io_error(self, error: sa.exc.DBAPIError, committing: bool) -> Exception:
+    def _typed_io_error(self, error: BaseException, committing: bool) -> BaseException:
         if self.path is not None and _is_full(self.path.parent):
             return StreamFullError(f"stream {self.label}: no space left; free some and try again", stream=self.label)
         return StreamUnavailableError(
-            f"stream {self.label}: {error.orig}; check the disk", stream=self.label, ambiguous=committing
+            f"stream {self.label}: {error}; check the disk", stream=self.label, ambiguous=committing
         )
 
     def _require_same_file(self) -> None:
@@ -258,9 +280,22 @@ class Database:
                     path=str(self.path),
                 )
 
+    def abandon_connections(self) -> None:
+        """In a forked child: never touch the parent's connections again, not even to close them."""
+        _inherited.append((self._mine, list(self._connections)))
+        self._forget_connections()
+        self.engine.dispose(close=False)
+
     def close(self) -> None:
-        """Close all idle connections."""
+        """Close the connections of all threads; none may be in use."""
+        for connection in list(self._connections):
+            connection.close()
+        self._forget_connections()
         self.engine.dispose()
+
+    def _forget_connections(self) -> None:
+        self._connections = weakref.WeakSet()
+        self._mine = _holder(shared=self.dialect == "sqlite" and self.path is None)
 
 
 _PG_NOW = sa.text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)")
@@ -279,14 +314,45 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
         cursor.close()
 
 
-def _forget_connections_after_fork(engine: Engine) -> None:
-    # A connection used by two processes corrupts SQLite's locks and PostgreSQL's protocol alike.
-    reference = weakref.ref(engine)
+def _holder(*, shared: bool) -> Any:
+    """Where a connection is kept: one for each thread, or one for all of them, who then take turns."""
+    return SimpleNamespace() if shared else threading.local()
+
+
+def raw_connection(connection: Connection) -> Any:
+    """The driver's own connection."""
+    return connection.connection.dbapi_connection
+
+
+def _begin_immediate(raw: sqlite3.Connection) -> None:
+    """Take the write lock, waiting at most `_BUSY_TIMEOUT_S`.
+
+    SQLite's own waiting sleeps up to 100 ms at a time, far longer than anybody here holds the lock.
+    """
+    give_up = time.monotonic() + _BUSY_TIMEOUT_S
+    raw.execute("PRAGMA busy_timeout=0")
+    try:
+        while True:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > give_up:
+                    raise
+                time.sleep(random.uniform(0.0002, 0.002))  # noqa: S311
+            else:
+                return
+    finally:
+        raw.execute(f"PRAGMA busy_timeout={round(_BUSY_TIMEOUT_S * 1000)}")
+
+
+def _forget_connections_after_fork(database: Database) -> None:
+    # A connection used, or closed, by two processes corrupts SQLite's locks and PostgreSQL's protocol alike.
+    reference = weakref.ref(database)
 
     def forget() -> None:
         alive = reference()
         if alive is not None:
-            alive.dispose(close=False)
+            alive.abandon_connections()
 
     os.register_at_fork(after_in_child=forget)
 
@@ -319,8 +385,8 @@ def _legacy_error_name(message: str) -> str:
     return next((name for text, name in texts.items() if text in message), "")
 
 
-def _first_line(error: sa.exc.DBAPIError) -> str:
-    return str(error.orig).strip().split("\n", 1)[0]
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
 
 
 def new_id(inserted: sa.CursorResult[Any]) -> int:

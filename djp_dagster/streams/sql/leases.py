@@ -16,11 +16,12 @@ from djp_dagster.errors import FencedError, InvalidSettingError, LeaseBusyError
 from djp_dagster.streams.model import Intent, Lease, TaskInfo
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.groups import SqlGroups, busy_error, decode_intent, is_held, open_intents, task_rows
+from djp_dagster.streams.sql.prepared import Prepared
 
 _tasks, _members = schema.tasks, schema.members
 _g: sa.BindParameter[int] = sa.bindparam("g")
 
-_prolong = (
+_prolong = Prepared(
     sa.update(_tasks)
     .where(
         _tasks.c.group_id == _g,
@@ -122,7 +123,7 @@ class SqlLeases(SqlGroups):
             {"g": group_id, "of_task": task, "of_epoch": epoch, "of_owner": lease.owner, "until": until}
             for task, epoch in sorted(lease.epochs.items())
         ]
-        if connection.execute(_prolong, parameters).rowcount != len(parameters):
+        if _prolong.run_each(connection, parameters) != len(parameters):
             raise fenced(lease)
 
     def release(self, lease: Lease) -> None:

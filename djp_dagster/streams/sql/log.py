@@ -29,6 +29,7 @@ from djp_dagster.streams.records import EncodedBatch, StoredBatch, TopicPartitio
 from djp_dagster.streams.sql import retention, schema
 from djp_dagster.streams.sql.catalog import TopicCatalog, open_database
 from djp_dagster.streams.sql.database import Database, is_ambiguous
+from djp_dagster.streams.sql.prepared import Prepared
 from djp_dagster.streams.sql.watch import watch
 from djp_dagster.streams.topics import Topic, check_name
 
@@ -38,7 +39,7 @@ _t: sa.BindParameter[int] = sa.bindparam("t")
 _p: sa.BindParameter[int] = sa.bindparam("p")
 _offset: sa.BindParameter[int] = sa.bindparam("at")
 
-_lock_one = (
+_lock_one = Prepared(
     sa.select(_parts.c.partition, _parts.c.end_offset, _parts.c.end_bytes, _parts.c.last_append_micros)
     .where(_parts.c.topic_id == _t, _parts.c.partition == _p)
     .with_for_update()
@@ -49,8 +50,8 @@ _lock_many = (
     .order_by(_parts.c.partition)
     .with_for_update()
 )
-_insert_rows = sa.insert(_rows).inline()
-_advance = (
+_insert_rows = Prepared(sa.insert(_rows).inline(), columns=[c.name for c in _rows.c if c is not _rows.c.row_id])
+_advance = Prepared(
     sa.update(_parts)
     .where(_parts.c.topic_id == _t, _parts.c.partition == _p)
     .values(
@@ -60,38 +61,43 @@ _advance = (
     )
 )
 
-_floor = (
+_find_floor = (
     sa.select(_rows.c.base_offset, _rows.c["count"], _rows.c.base_bytes, _rows.c.bytes, _rows.c.append_micros)
     .where(_rows.c.topic_id == _t, _rows.c.partition == _p, _rows.c.base_offset <= _offset)
     .order_by(_rows.c.base_offset.desc())
     .limit(1)
 )
-_first = _floor.subquery()
+_floor = Prepared(_find_floor)
 _MAX_ROWS_PER_READ = 256
-# Index entries only, and a bounded number of them: the byte limit alone would look at all that lie before ``until``.
-_ahead = (
-    sa.select(_rows.c.row_id, _rows.c.base_offset, _rows.c["count"], _rows.c.base_bytes, _rows.c.bytes)
+_ahead = _rows.alias()
+# One table and scalar subqueries: joins would send the blobs through a sorter. The look ahead bounds how many index
+# entries are looked at, which the byte limit alone would not.
+_read = Prepared(
+    sa.select(_rows.c.base_offset, _rows.c["count"], _rows.c.append_micros, _rows.c.codec, _rows.c.blob)
     .where(
         _rows.c.topic_id == _t,
         _rows.c.partition == _p,
-        _rows.c.base_offset >= sa.select(_first.c.base_offset).scalar_subquery(),
+        _rows.c.base_offset >= _find_floor.with_only_columns(_rows.c.base_offset).correlate(None).scalar_subquery(),
         _rows.c.base_offset < sa.bindparam("until"),
-    )
-    .order_by(_rows.c.base_offset)
-    .limit(_MAX_ROWS_PER_READ)
-    .subquery()
-)
-_read = (
-    sa.select(_ahead.c.base_offset, _ahead.c["count"], _rows.c.append_micros, _rows.c.codec, _rows.c.blob)
-    .select_from(_ahead.join(_first, sa.true()).join(_rows, _rows.c.row_id == _ahead.c.row_id))
-    .where(
-        _ahead.c.base_offset + _ahead.c["count"] > _offset,
+        _rows.c.base_offset
+        < sa.func.coalesce(
+            sa.select(_ahead.c.base_offset)
+            .where(_ahead.c.topic_id == _t, _ahead.c.partition == _p, _ahead.c.base_offset > _offset)
+            .order_by(_ahead.c.base_offset)
+            .limit(1)
+            .offset(_MAX_ROWS_PER_READ)
+            .scalar_subquery(),
+            sa.bindparam("until"),
+        ),
+        _rows.c.base_offset + _rows.c["count"] > _offset,
         sa.or_(
-            _ahead.c.base_offset == _first.c.base_offset,
-            _ahead.c.base_bytes + _ahead.c.bytes <= _first.c.base_bytes + sa.bindparam("max_bytes"),
+            _rows.c.base_offset <= _offset,
+            _rows.c.base_bytes + _rows.c.bytes
+            <= _find_floor.with_only_columns(_rows.c.base_bytes).correlate(None).scalar_subquery()
+            + sa.bindparam("max_bytes"),
         ),
     )
-    .order_by(_ahead.c.base_offset)
+    .order_by(_rows.c.base_offset)
 )
 _spans = sa.select(
     _parts.c.topic_id, _parts.c.partition, _parts.c.begin_offset, _parts.c.end_offset, _parts.c.last_append_micros
@@ -101,7 +107,7 @@ _at_time = sa.select(sa.func.min(_rows.c.base_offset)).where(
     _rows.c.topic_id == _t, _rows.c.partition == _p, _rows.c.append_micros >= sa.bindparam("micros")
 )
 # Ascending, so that the look ends where the batch does, not where the backlog does.
-_first_beyond = (
+_first_beyond = Prepared(
     sa.select(_rows.c.base_offset)
     .where(
         _rows.c.topic_id == _t,
@@ -235,8 +241,8 @@ class SqlEventLog:
                 "bytes_to": total,
                 "at_micros": at_micros,
             }
-        connection.execute(_insert_rows, inserts)
-        connection.execute(_advance, list(advances.values()))
+        _insert_rows.run_each(connection, inserts)
+        _advance.run_each(connection, list(advances.values()))
         return appended
 
     def _lock_partitions(
@@ -247,7 +253,7 @@ class SqlEventLog:
             members = [batch for _, batch in group]
             wanted = sorted({batch.partition for batch in members})
             if len(wanted) == 1:
-                found = connection.execute(_lock_one, {"t": topic_id, "p": wanted[0]}).all()
+                found: Sequence[Any] = _lock_one.rows(connection, {"t": topic_id, "p": wanted[0]})
             else:
                 found = connection.execute(_lock_many, {"t": topic_id, "ps": wanted}).all()
             for partition, end_offset, end_bytes, last in found:
@@ -272,8 +278,8 @@ class SqlEventLog:
         topic_id = self.catalog.id_of(at.topic)
         parameters = {"t": topic_id, "p": at.partition, "at": offset, "until": end, "max_bytes": max_bytes}
         with self.database.read() as connection:
-            found = connection.execute(_read, parameters).all()
-            if not found or found[0].base_offset > offset:
+            found = _read.rows(connection, parameters)
+            if not found or found[0][0] > offset:
                 self._require_held(connection, at, offset, end)
         return [
             StoredBatch(at.topic, at.partition, base, count, append_micros, codec, bytes(blob))
@@ -329,8 +335,11 @@ class SqlEventLog:
     def append_time_in(self, connection: Connection, at: TopicPartition, offset: int) -> int | None:
         """`append_time_of` within a transaction."""
         parameters = {"t": self.catalog.id_of(at.topic), "p": at.partition, "at": offset}
-        row = connection.execute(_floor, parameters).one_or_none()
-        return None if row is None or offset >= row.base_offset + row[1] else int(row.append_micros)
+        row = _floor.first(connection, parameters)
+        if row is None:
+            return None
+        base, count, _, _, append_micros = row
+        return None if offset >= base + count else int(append_micros)
 
     def backlog(self, positions: Mapping[TopicPartition, int]) -> Backlog:
         """See `EventLog.backlog`."""
@@ -342,7 +351,7 @@ class SqlEventLog:
                     sa.select(_parts).where(_parts.c.topic_id == _t, _parts.c.partition == _p), parameters
                 ).one()
                 start = max(committed, part.begin_offset)
-                floor = connection.execute(_floor, {**parameters, "at": start}).one_or_none()
+                floor = _floor.first(connection, {**parameters, "at": start})
                 found.append((start, part.end_offset, part.end_bytes, part.last_append_micros, *(floor or (None,) * 5)))
             return backlog_of(found, self.database.now_micros(connection))
 
@@ -352,18 +361,18 @@ class SqlEventLog:
             return start
         here: dict[str, object] = {"t": self.catalog.id_of(at.topic), "p": at.partition}
         with self.database.read() as connection:
-            first = connection.execute(_floor, {**here, "at": start}).one_or_none()
+            first = _floor.first(connection, {**here, "at": start})
             if first is None:
                 return end  # reading will say that the records are gone
-            limit = first.base_bytes + max_bytes
-            if start > first.base_offset:
-                limit += sum(self._sizes(at, first.base_offset)[: start - first.base_offset])
-            parameters = {**here, "first": first.base_offset, "until": end, "limit_bytes": limit}
-            beyond = connection.execute(_first_beyond, parameters).scalar_one_or_none()
-            last = connection.execute(_floor, {**here, "at": (beyond or end) - 1}).one_or_none()
+            base, _, base_bytes, _, _ = first
+            limit = base_bytes + max_bytes
+            if start > base:
+                limit += sum(self._sizes(at, base)[: start - base])
+            beyond = _first_beyond.first(connection, {**here, "first": base, "until": end, "limit_bytes": limit})
+            last = _floor.first(connection, {**here, "at": (end if beyond is None else beyond[0]) - 1})
         if last is None:
             return end  # trimmed between two look-ups
-        base, count, base_bytes, size, _ = map(int, last)
+        base, count, base_bytes, size, _ = last
         if base_bytes + size <= limit:
             return min(end, base + count)
         room = limit - base_bytes
