@@ -44,7 +44,7 @@ class _Ids:
         self.next = count().__next__
 
     def __call__(self) -> str:
-        return f"{self.prefix}{self.next():x}"
+        return f"{self.prefix}{self.next()}"
 
 
 _ids = _Ids()

@@ -85,6 +85,7 @@ class Batch:
         self.fencing_token = fencing_token
         self.log = handler_log
         self.effects = effects
+        self._emits_to = effects.only
         self._tasks = intent.tasks
         self._source, self._size, self._topics = source, size, topics
         self._state = state
@@ -144,8 +145,11 @@ class Batch:
         Raises:
             InvalidSettingError: the consumer does not declare that topic in ``emits``.
         """
-        name = topic.name if isinstance(topic, Topic) else topic
-        self.effects.emit(event, name, source if source is not None else self._current)
+        emits = self._emits_to
+        if emits is None or topic is not None:
+            emits = self.effects.emits_to(event, topic.name if isinstance(topic, Topic) else topic)
+        emits.events.append(event)
+        emits.causes.append(source if source is not None else self._current)
 
     def fail(self, record: Record, error: BaseException | str) -> None:
         """Send ``record`` to the dead letters with the commit of this batch; the rest of the batch goes on.

@@ -27,7 +27,7 @@ class EmitScope(NamedTuple):
     batch_id: str
 
 
-class _Emits:
+class Emits:
     """Events for one topic, each with the record that caused it (None: the batch)."""
 
     __slots__ = ("causes", "events", "topic")
@@ -43,27 +43,18 @@ class Effects:
 
     def __init__(self, scope: EmitScope, topics: Sequence["TopicInfo"], max_emit_bytes: int) -> None:
         self._scope = scope
-        self._emits = {topic.name: _Emits(topic) for topic in topics}
-        self._only = next(iter(self._emits.values())) if len(self._emits) == 1 else None
+        self._emits = {topic.name: Emits(topic) for topic in topics}
+        self.only = next(iter(self._emits.values())) if len(self._emits) == 1 else None
         self._max_emit_bytes = max_emit_bytes
         self.failed: dict[Position, Poison] = {}
         self.deadlines: dict[tuple[int, str], int | None] = {}
         self._undo_deadlines: list[tuple[tuple[int, str], dict[tuple[int, str], int | None]]] = []
 
-    def emit(self, event: Event, topic: str | None, cause: Record | None) -> None:
-        """Remember an event for ``topic`` (None: the only declared one, or the one of the event's type)."""
-        emits = self._only
-        if emits is None or (topic is not None and topic != emits.topic.name):
-            emits = self._find(event, topic)
-        emits.events.append(event)
-        emits.causes.append(cause)
-
-    def _find(self, event: Event, topic: str | None) -> _Emits:
-        if not isinstance(event, Event):
-            raise InvalidEventError(
-                f"only Event objects can be emitted, not {type(event).__name__}; make one with Topic.event(...)",
-                attribute=None,
-            )
+    def emits_to(self, event: Event, topic: str | None) -> "Emits":
+        """What is emitted to ``topic`` (None: the only declared one, or the one of the event's type)."""
+        if self.only is not None and topic in (None, self.only.topic.name):
+            return self.only
+        _require_event(event)
         emits = self._emits.get(event.type if topic is None else topic)
         if emits is None:
             raise InvalidSettingError(
@@ -128,7 +119,7 @@ class Effects:
             )
         return tuple(encoded)
 
-    def _encode(self, emits: _Emits) -> list[EncodedBatch]:
+    def _encode(self, emits: Emits) -> list[EncodedBatch]:
         topic = emits.topic
         buckets: list[list[tuple[Any, ...]]] = [[] for _ in range(topic.partitions)]
         # Everything below runs once per emitted event.
@@ -136,6 +127,7 @@ class Effects:
         id_of, generated = derived.of, generated_id_prefix()
         for event, cause in zip(emits.events, emits.causes, strict=True):
             if type(event) is not Event or not event.id.startswith(generated):
+                _require_event(event)
                 row = _as_tuple(event)[: len(_FIELDS)]
             else:
                 time = event.time if event.time is not None or cause is None else cause.time
@@ -156,6 +148,14 @@ class Effects:
             for partition, rows in enumerate(buckets)
             for batch in encode_batches(topic.name, partition, rows, max_event_bytes=topic.max_event_bytes)
         ]
+
+
+def _require_event(event: object) -> None:
+    if not isinstance(event, Event):
+        raise InvalidEventError(
+            f"only Event objects can be emitted, not {type(event).__name__}; make one with Topic.event(...)",
+            attribute=None,
+        )
 
 
 _FIELDS = ("id", "source", "type", "data", "time", "subject", "datacontenttype", "dataschema", "ext")
@@ -179,12 +179,12 @@ class _DerivedIds:
         offset, ordinals = cause.offset, self._ordinals
         ordinal = ordinals.get(offset, 0)
         ordinals[offset] = ordinal + 1
-        return f"{self._prefix}-{offset:x}-{ordinal:x}"
+        return f"{self._prefix}-{offset}-{ordinal}"
 
     def of_batch(self) -> str:
         """The next id of an event not tied to a record."""
         ordinal, self._of_batch = self._of_batch, self._of_batch + 1
-        return f"{self._hash(self._scope.batch_id)}-{ordinal:x}"
+        return f"{self._hash(self._scope.batch_id)}-{ordinal}"
 
     def _turn_to(self, origin: Origin) -> None:
         source = (origin.topic, origin.partition)

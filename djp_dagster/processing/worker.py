@@ -20,6 +20,7 @@ from djp_dagster.processing.leases import DEFAULT_LEASE_S, LeaseKeeper, new_owne
 from djp_dagster.processing.processor import Processor
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.run import tidy
+from djp_dagster.streams.contracts import Watcher
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 _REQUESTS_EVERY_S = 1.0
 _LOOK_EVERY_S = 1.0
 _TIDY_EVERY_S = 60.0
+_EAGER_FOR_S = 1.0
 _PAUSES_S = (5.0, 30.0, 120.0, 300.0)
 
 OnFailure = Callable[[Consumer, DjpError], None]
@@ -96,7 +98,7 @@ class Worker:
             keeper = stack.enter_context(LeaseKeeper(self._stream.coordinator, owner=self.owner, ttl_s=self._lease_s))
             watcher = self._stream.log.watch()
             stack.callback(watcher.close)
-            self._loop(members, keeper, watcher.wait, stop)
+            self._loop(members, keeper, watcher, stop)
 
     def _leave(self, group: str) -> None:
         try:
@@ -108,11 +110,12 @@ class Worker:
         self,
         members: Sequence[_Member],
         keeper: LeaseKeeper,
-        wait: Callable[[float], bool],
+        watcher: Watcher,
         stop: threading.Event,
     ) -> None:
         share_at = requests_at = 0.0
         tidy_at = time.monotonic() + _TIDY_EVERY_S
+        eager_until = 0.0
         while not stop.is_set():
             now = time.monotonic()
             try:
@@ -132,8 +135,10 @@ class Worker:
             if now >= tidy_at:
                 tidy(self._stream)
                 tidy_at = now + _TIDY_EVERY_S
-            if not any(worked):
-                wait(self._idle_s(members, share_at))
+            if any(worked):
+                eager_until = time.monotonic() + _EAGER_FOR_S
+            else:
+                watcher.wait(self._idle_s(members, share_at), eager=time.monotonic() < eager_until)
 
     def _idle_s(self, members: Sequence[_Member], share_at: float) -> float:
         """How long nothing can come due by itself."""

@@ -34,8 +34,11 @@ from djp_dagster.streams.topics import Topic
 class Watcher(Protocol):
     """Notices that something was appended or requested, without polling tables."""
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until something changed since the last call, at most ``timeout_s`` seconds; whether it did."""
+    def wait(self, timeout_s: float, *, eager: bool = False) -> bool:
+        """Wait until something changed since the last call, at most ``timeout_s`` seconds; whether it did.
+
+        A backend that has to look again and again looks more often when ``eager``: say so while there is work.
+        """
 
     def close(self) -> None:
         """Release the connection."""

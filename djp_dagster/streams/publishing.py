@@ -31,11 +31,21 @@ def route(topic: "TopicInfo | Topic", events: Iterable[Event], *, max_event_byte
 
 
 def _by_partition(topic: "TopicInfo | Topic", events: Iterable[Event]) -> list[list[Event]]:
+    bare = list(events)
+    if set(map(type, bare)) != {Event}:
+        bare = [_bare(event) for event in bare]
     partition_for = partitioner(topic)
+    if topic.partitions == 1 and partition_for is _only:
+        return [bare]
     buckets: list[list[Event]] = [[] for _ in range(topic.partitions)]
-    for given in events:
-        event = given if type(given) is Event else _bare(given)
-        buckets[partition_for(event)].append(event)
+    for event in bare:
+        try:
+            buckets[partition_for(event)].append(event)
+        except UnicodeEncodeError as error:
+            raise InvalidEventError(
+                f"the key of event {event.id!r} is no valid text ({error}); topic {topic.name!r} cannot route it",
+                attribute="data",
+            ) from error
     return buckets
 
 
@@ -49,6 +59,17 @@ def partitioner(topic: "TopicInfo | Topic") -> Callable[[Event], int]:
         return _only
     if key is None or "." in key:
         return lambda event: partition_of(key_of(event, key, name), partitions)
+
+    if partitions == 1:
+
+        def has_field(event: Event) -> int:
+            # One partition: the key decides nothing, but must be there all the same.
+            data = event.data
+            if event.ext is None and type(data) is dict and type(data.get(key)) is str:
+                return 0
+            return partition_of(key_of(event, key, name), 1)
+
+        return has_field
 
     def by_field(event: Event) -> int:
         # The common case, a string under a top-level field, without another call.
@@ -65,6 +86,8 @@ def _only(_event: Event) -> int:
 
 
 def _bare(given: object) -> Event:
+    if type(given) is Event:
+        return given
     if isinstance(given, Record):
         return given.event()
     if isinstance(given, Event):

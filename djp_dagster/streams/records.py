@@ -5,8 +5,9 @@ decoding a whole batch is one call into C. A record that does not decode is foun
 inside, so its neighbours are not lost with it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,7 +23,8 @@ CODEC_CHANGES = 2
 MAX_BLOB_BYTES = 1 << 20
 """A record batch grows no larger than this, so that one read is bounded; a single larger event has its own."""
 
-_TIME = Event.__struct_fields__.index("time")
+_time_of_row = itemgetter(Event.__struct_fields__.index("time"))
+_time_of_event = attrgetter("time")
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
@@ -182,7 +184,7 @@ def encode_batches(
 ) -> Iterator[EncodedBatch]:
     """The events as record batches of at most `MAX_BLOB_BYTES` (one event at least).
 
-    An event may be given as the tuple of its attributes, in the order of `Event`: it encodes alike.
+    Instead of events, tuples of their attributes in the order of `Event` may be given: they encode alike.
 
     Raises:
         EventTooLargeError: naming the event, its size and the limit.
@@ -220,8 +222,8 @@ def _id_of(event: Event | tuple[Any, ...]) -> str:
 
 
 def _encoded(topic: str, partition: int, events: Sequence[Event | tuple[Any, ...]], blob: bytes) -> EncodedBatch:
-    given = [event.time if isinstance(event, Event) else event[_TIME] for event in events]
-    times = [time for time in given if time is not None]
+    time_of: Callable[[Any], Any] = _time_of_row if isinstance(events[0], tuple) else _time_of_event
+    times = [time for time in map(time_of, events) if time is not None]
     return EncodedBatch(
         topic=topic,
         partition=partition,

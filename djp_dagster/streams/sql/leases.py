@@ -33,6 +33,22 @@ _prolong = Prepared(
 )
 
 
+_renew_member = Prepared(
+    sa.update(_members)
+    .where(_members.c.group_id == _g, _members.c.owner == sa.bindparam("of_owner"))
+    .values(ttl_micros=sa.bindparam("ttl"), expires_micros=sa.bindparam("until"))
+)
+_now: sa.BindParameter[int] = sa.bindparam("now", type_=sa.BigInteger())
+# Beyond its own time to live: written before the clock went back.
+_drop_members = Prepared(
+    sa.delete(_members).where(
+        _members.c.group_id == _g,
+        sa.or_(_members.c.expires_micros <= _now, _members.c.expires_micros > _now + _members.c.ttl_micros),
+    )
+)
+_count_members = Prepared(sa.select(sa.func.count()).select_from(_members).where(_members.c.group_id == _g))
+
+
 class SqlLeases(SqlGroups):
     """The part of `Coordinator` about leases and memberships."""
 
@@ -151,24 +167,13 @@ class SqlLeases(SqlGroups):
     def join(self, group: str, owner: str, ttl_s: float) -> int:
         """See `Coordinator.join`."""
         with self.database.write() as connection:
-            group_id = self._id_in(connection, group)
-            now = self.database.now_micros(connection)
-            ttl = round(ttl_s * 1e6)
-            here = (_members.c.group_id == group_id, _members.c.owner == owner)
-            values = {"ttl_micros": ttl, "expires_micros": now + ttl}
-            if connection.execute(sa.update(_members).where(*here).values(values)).rowcount == 0:
-                connection.execute(sa.insert(_members).values(group_id=group_id, owner=owner, **values))
-            connection.execute(
-                sa.delete(_members).where(
-                    _members.c.group_id == group_id,
-                    sa.or_(
-                        _members.c.expires_micros <= now,
-                        _members.c.expires_micros > now + _members.c.ttl_micros,  # written before the clock went back
-                    ),
-                )
-            )
-            query = sa.select(sa.func.count()).select_from(_members).where(_members.c.group_id == group_id)
-            return int(connection.execute(query).scalar_one())
+            now, ttl = self.database.now_micros(connection), round(ttl_s * 1e6)
+            member = {"g": self._id_in(connection, group), "of_owner": owner, "now": now, "ttl": ttl}
+            if _renew_member.run(connection, {**member, "until": now + ttl}) == 0:
+                values = {"group_id": member["g"], "owner": owner, "ttl_micros": ttl, "expires_micros": now + ttl}
+                connection.execute(sa.insert(_members).values(values))
+            _drop_members.run(connection, member)
+            return int(_count_members.first(connection, member)[0])
 
     def leave(self, group: str, owner: str) -> None:
         """See `Coordinator.leave`."""

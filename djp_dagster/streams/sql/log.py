@@ -372,7 +372,7 @@ class SqlEventLog:
             last = _floor.first(connection, {**here, "at": (end if beyond is None else beyond[0]) - 1})
         if last is None:
             return end  # trimmed between two look-ups
-        base, count, base_bytes, size, _ = last
+        base, count, base_bytes, size, _ = map(int, last)
         if base_bytes + size <= limit:
             return min(end, base + count)
         room = limit - base_bytes

@@ -1,7 +1,7 @@
 """`Prepared`: a statement of SQLAlchemy Core, rendered once per dialect and then handed to the driver as text.
 
-For the dozen statements that run for every batch. SQLAlchemy's execution costs several times what SQLite needs for them,
-and they need none of what it buys: their parameters and columns are integers, texts and bytes.
+For the dozen statements that run for every batch. SQLAlchemy's execution costs several times what SQLite needs for
+them, and they need none of what it buys: their parameters and columns are integers, texts and bytes.
 """
 
 from collections.abc import Mapping, Sequence

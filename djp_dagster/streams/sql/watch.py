@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 # Reading data_version costs a few microseconds; at these intervals an idle worker stays below 1 % of a core.
 _EAGER_INTERVAL_S = 0.003
 _LAZY_INTERVAL_S = 0.015
-_EAGER_FOR_S = 1.0
 
 
 def watch(database: Database) -> "Watcher":
@@ -33,7 +32,6 @@ class SqliteWatcher:
         if database.path is not None:
             self._raw = sqlite3.connect(database.path, isolation_level=None, check_same_thread=False)
         self._seen = self._version()
-        self._eager_until = 0.0
 
     def _version(self) -> Any:
         if self._raw is not None:
@@ -41,19 +39,19 @@ class SqliteWatcher:
         with self._database.read() as connection:
             return connection.exec_driver_sql("SELECT total_changes()").fetchone()
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until another connection committed since the last call, at most ``timeout_s``; whether one did."""
+    def wait(self, timeout_s: float, *, eager: bool = False) -> bool:
+        """See `Watcher.wait`."""
+        interval_s = _EAGER_INTERVAL_S if eager else _LAZY_INTERVAL_S
         end = time.monotonic() + timeout_s
         while True:
             version = self._version()
             now = time.monotonic()
             if version != self._seen:
                 self._seen = version
-                self._eager_until = now + _EAGER_FOR_S
                 return True
             if now >= end:
                 return False
-            time.sleep(min(_EAGER_INTERVAL_S if now < self._eager_until else _LAZY_INTERVAL_S, end - now))
+            time.sleep(min(interval_s, end - now))
 
     def close(self) -> None:
         """Release the connection."""
@@ -74,8 +72,8 @@ class PostgresWatcher:
             self._connection.exec_driver_sql(f"LISTEN {NOTIFY_CHANNEL}")
         return self._connection.connection.dbapi_connection
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for a notification, at most ``timeout_s``; a connection just made counts as one."""
+    def wait(self, timeout_s: float, *, eager: bool = False) -> bool:
+        """See `Watcher.wait`; a connection just made counts as a change."""
         fresh = self._connection is None
         try:
             raw = self._listen()
