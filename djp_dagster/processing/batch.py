@@ -240,11 +240,13 @@ class Batch:
 
         Args:
             rows: at most this many rows each.
-            schema: the columns, all batches alike; those of the first ``rows`` unless given.
+            schema: the columns, all batches alike, and nothing else; those of the first ``rows`` unless given.
 
         Raises:
             TableSchemaError: a later piece does not fit the schema.
         """
+        if rows < 1:
+            raise InvalidSettingError(f"arrow_batches(rows={rows}) must be at least 1", setting="rows", value=rows)
         collector = RowCollector(schema)
         for records in self.chunks():
             for start in range(0, len(records), rows):

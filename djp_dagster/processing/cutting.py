@@ -58,9 +58,10 @@ def _bounded_by_bytes(
     if total + MAX_BLOB_BYTES * sum(backlog.estimated for backlog in backlogs.values()) <= limit:
         return dict(ends)
     cut = {at: log.cut(at, positions[at], end, max_bytes=limit * weights[at] // total) for at, end in ends.items()}
-    if all(cut[at] == positions[at] for at in cut):
-        first = max(weights, key=lambda at: weights[at])
-        cut[first] = positions[first] + 1
+    oldest = min(ends, key=lambda at: backlogs[at].oldest_micros or 0)
+    if cut[oldest] == positions[oldest]:
+        # Its next record is above its share. Others would go on for ever without it, so it has this batch to itself.
+        return {oldest: max(log.cut(oldest, positions[oldest], ends[oldest], max_bytes=limit), positions[oldest] + 1)}
     return cut
 
 

@@ -18,6 +18,7 @@ from djp_dagster.errors import (
     RedriveFailedError,
     RetriesExhaustedError,
     SystemicFailureError,
+    TransientError,
 )
 from djp_dagster.processing.committing import Committer
 from djp_dagster.processing.consumer import Consumer
@@ -89,9 +90,9 @@ class Processor:
             intent = self._resume(lease, intent)
         while True:
             try:
-                if intent.probe is not None:
-                    intent = find_poison(self._coordinator, self._consumer, self._handling, lease, intent)
-                return self._attempt(lease, intent)
+                if intent.probe is None:
+                    return self._attempt(lease, intent)
+                intent = self._search(lease, intent, intent.probe)
             except OUTAGES as error:
                 intent = self._after_outage(lease, intent, error)
             except DeadlineOvertakenError:
@@ -109,6 +110,14 @@ class Processor:
                 # Told to stop, not killed: the next holder need not count a death.
                 self._end_attempt(lease, intent)
                 raise
+
+    def _search(self, lease: Lease, intent: Intent, probe: Probe) -> Intent:
+        found = find_poison(self._coordinator, self._consumer, self._handling, lease, intent)
+        if len(found.poison) > len(intent.poison) or probe.error_type == PROCESS_DIED:
+            return found
+        # Whatever it was, it is not in the data.
+        passed = TransientError(f"it failed with {probe.error_type} ({probe.error}), but no part of it failed again")
+        return self._retry(lease, found, passed)
 
     def _end_attempt(self, lease: Lease, intent: Intent) -> None:
         with contextlib.suppress(FencedError, *OUTAGES):

@@ -38,7 +38,7 @@ def find_poison(
 
     A probe that fails with an exception is believed. One whose process died may have been killed for reasons of its
     own, so it only narrows the search: what it leads to is tried again until that, too, has died as often as the retry
-    budget says, or is cleared.
+    budget says, or is cleared. If nothing fails again, the intent comes back without a probe and without new poison.
 
     Raises:
         HandlerError: a probe failed transiently.
@@ -56,7 +56,7 @@ def find_poison(
         except HandlerError as failure:
             if consumer.retry.judge(failure.cause) == "transient":
                 raise
-            probe = Probe(probe.good, length, None, *describe(failure.cause))
+            probe = Probe(probe.good, length, None, *describe(failure.cause), observed=True)
             continue
         if length < probe.bad:
             probe = _replace(probe, good=length, trying=None, died=0)
@@ -87,9 +87,9 @@ def _next_step(probe: Probe, budget: int) -> tuple[Probe, int] | None:
     if probe.bad - probe.good > 1:
         length = (probe.good + probe.bad) // 2
         return _replace(probe, trying=length, died=0), length
-    if probe.error_type == PROCESS_DIED and probe.died < budget:
-        return _replace(probe, trying=probe.bad), probe.bad
-    return None
+    if probe.observed or (probe.error_type == PROCESS_DIED and probe.died >= budget):
+        return None
+    return _replace(probe, trying=probe.bad), probe.bad
 
 
 def _inside(intent: Intent, skip: frozenset[Position], length: int) -> frozenset[Position]:

@@ -1,6 +1,6 @@
 """Records to Arrow columns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from djp_dagster.errors import TableSchemaError
@@ -32,6 +32,7 @@ class RowCollector:
 
     def __init__(self, schema: "pa.Schema | None" = None) -> None:
         self._schema = schema
+        self._drops_others = schema is not None
         self._records: list[Record] = []
 
     def add(self, records: Sequence[Record]) -> None:
@@ -52,6 +53,7 @@ class RowCollector:
         columns = {**_event_columns(records), **_data_columns(records)}
         try:
             if self._schema is not None:
+                self._require_known(columns)
                 arrays = [columns.get(field.name, pa.nulls(len(records), field.type)) for field in self._schema]
                 columns = {
                     field.name: array if array.type == field.type else array.cast(field.type)
@@ -65,6 +67,15 @@ class RowCollector:
         if self._schema is None and records:
             self._schema = table.schema
         return table
+
+    def _require_known(self, columns: Iterable[str]) -> None:
+        assert self._schema is not None
+        unknown = [] if self._drops_others else sorted(set(columns) - set(self._schema.names))
+        if unknown:
+            raise TableSchemaError(
+                f"fields {unknown} appear only after the first records; give a schema with or without them",
+                fields=unknown,
+            )
 
 
 def _event_columns(records: Sequence[Record]) -> dict[str, "pa.Array[Any]"]:

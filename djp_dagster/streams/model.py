@@ -189,6 +189,7 @@ class Probe(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         error_type, error: how the prefix of length ``bad`` failed.
         died: how often a process died at ``trying``.
+        observed: a probe of length ``bad`` has raised; not only a run of the whole, or a death.
     """
 
     good: int
@@ -197,6 +198,7 @@ class Probe(msgspec.Struct, frozen=True, array_like=True):
     error_type: str = ""
     error: str = ""
     died: int = 0
+    observed: bool = False
 
 
 class Intent(msgspec.Struct, frozen=True):

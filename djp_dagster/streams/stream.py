@@ -190,9 +190,11 @@ class EventStream:
         """Committed outputs of a group in commit order, from sequence ``after`` on."""
         return self.coordinator.outputs(group, after=after, limit=limit)
 
-    def dead_letters(self, group: str | None = None, *, status: str | None = "pending") -> list[DeadLetter]:
-        """Dead letters by number, by default the pending ones."""
-        return self.coordinator.dead_letters(group, status=status)
+    def dead_letters(
+        self, group: str | None = None, *, status: str | None = "pending", after: int = 0, limit: int = 1000
+    ) -> list[DeadLetter]:
+        """Dead letters by number from ``after`` on, at most ``limit``; by default the pending ones of all groups."""
+        return self.coordinator.dead_letters(group, status=status, after=after, limit=limit)
 
     def discard_dead_letters(self, group: str, ids: Sequence[int]) -> int:
         """Mark pending dead letters as discarded; how many were."""

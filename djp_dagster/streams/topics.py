@@ -81,7 +81,12 @@ class Topic(msgspec.Struct, frozen=True):
                 setting="partitions",
                 value=self.partitions,
             )
-        parse_bytes(self.max_event_bytes, name="max_event_bytes")
+        if parse_bytes(self.max_event_bytes, name="max_event_bytes") <= 0:
+            raise InvalidSettingError(
+                f"topic {self.name!r}: max_event_bytes={self.max_event_bytes!r} must be above 0",
+                setting="max_event_bytes",
+                value=self.max_event_bytes,
+            )
         limits = self.limits
         if limits.age_s is not None and limits.cap_s is not None and limits.cap_s < limits.age_s:
             raise InvalidSettingError(

@@ -161,3 +161,23 @@ def test_a_deadline_waits_for_what_was_appended_before_it(stream: EventStream, c
     assert deadlines_within(stream.log, [], positions, []) == ()
     assert fired() == ["a", "c"]
     assert fired(Range("two", 0, 0, 1)) == ["a", "b", "c"]
+
+
+def test_a_large_record_is_not_starved_by_small_ones() -> None:
+    topic = Topic("t", partitions=2, key="k")
+    small, large = next(
+        (a, b)
+        for a in "abcd"
+        for b in "efgh"
+        if topic.partition_of(topic.event(k=a)) != topic.partition_of(topic.event(k=b))
+    )
+    with memory_stream() as stream:
+        stream.create_topic(topic)
+        stream.publish(topic, [topic.event(k=large, pad="x" * 5000)])
+        stream.publish(topic, [topic.event(k=small, n=n) for n in range(200)])
+        spans = stream.log.spans(["t"])
+        until = {at: span.end for at, span in spans.items()}
+        ranges = cut_ranges(stream.log, dict.fromkeys(until, 0), until, Threshold(bytes=6000))
+        assert [(part.partition, part.start, part.end) for part in ranges] == [
+            (topic.partition_of(topic.event(k=large)), 0, 1)
+        ]

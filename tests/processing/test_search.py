@@ -63,7 +63,26 @@ def test_every_poison_record_is_found_and_the_rest_handled(
         assert order == sorted(order)
     assert sorted(record.data["n"] for record in emitted) == sorted(set(range(size)) - bad)
     assert len({record.id for record in emitted}) == len(emitted)
-    assert len(calls) <= 1 + len(bad) * (1 + math.ceil(math.log2(size)) if size > 1 else 1)
+    # Each poison record: log2(size) probes, one that confirms it, and the run of the rest.
+    assert len(calls) <= 1 + len(bad) * (2 + math.ceil(math.log2(size)))
+
+
+def test_what_fails_once_and_never_again_costs_no_record(stream: EventStream) -> None:
+    calls = []
+
+    @consumer(topic=NUMBERS, emits=[OUT], retry=FAST)
+    def moody(batch: Batch) -> None:
+        calls.append(len(batch))
+        if len(calls) == 1:
+            raise ValueError("a bad day")
+        for record in batch:
+            batch.emit(OUT.event(n=record.data["n"]))
+
+    fill(stream, NUMBERS, [NUMBERS.event(n=n) for n in range(9)])
+    report = run_pending(stream, moody)
+    assert stream.dead_letters(status=None) == []
+    assert [batch.events for batch in report.batches] == [9]
+    assert [record.data["n"] for record in all_records(stream, OUT)] == list(range(9))
 
 
 def test_effects_of_probes_are_discarded(stream: EventStream, tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from djp_dagster import Batch, Event, Topic, consumer
-from djp_dagster.errors import TableSchemaError
+from djp_dagster.errors import InvalidSettingError, TableSchemaError
 from djp_dagster.processing.tables import EVENT_COLUMNS, RowCollector
 from djp_dagster.testing import Clock, run_consumer
 from tests.processing.kit import NUMBERS, numbers
@@ -159,3 +159,18 @@ class TestArrowBatches:
             return piece.num_rows
 
         assert look(numbers(10, topic), first) == 2
+
+
+def test_a_field_that_appears_late_is_not_dropped_silently() -> None:
+    topic = Topic("t")
+
+    @consumer(topic=topic)
+    def tables(batch: Batch) -> int:
+        with pytest.raises(TableSchemaError, match="late"):
+            list(batch.arrow_batches(rows=2))
+        with pytest.raises(InvalidSettingError, match="rows=0"):
+            list(batch.arrow_batches(rows=0))
+        return 1
+
+    events = [topic.event(n=n) if n < 4 else topic.event(n=n, late=True) for n in range(6)]
+    assert run_consumer(tables, events).outputs == [1]
