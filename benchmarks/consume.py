@@ -4,15 +4,19 @@ Whatever consumes adds up one field of every event's data. Where every event emi
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count as counter
+from typing import Any
 
 import msgspec
 
-from benchmarks.append import ORDERS, read_all
+from benchmarks.append import ORDERS
 from benchmarks.bare import BareEvent, BareLog
 from benchmarks.harness import BATCH, Row, Settings, against, alternate, order_event, seconds
 from djp_dagster import Batch, Consumer, Event, EventStream, Threshold, Topic, consumer, open_stream, run_pending
+from djp_dagster.processing import handling
 from djp_dagster.processing.run import RunReport
 
 TOTALS = Topic("totals", key="user_id")
@@ -67,13 +71,15 @@ def run(settings: Settings) -> list[Row]:
     with open_stream(settings.folder / "consume-ours.db") as stream:
         bare = BareLog(settings.folder / "consume-bare.db")
         fill(stream, bare, count)
-        reports: dict[str, list[RunReport]] = {}
+        splits: dict[str, list[dict[str, float]]] = {}
 
         def ours(handler: Callable[[Batch], None]) -> float:
             member = group_of(handler)
-            kept = reports.setdefault(handler.__name__, [])
-            took = seconds(lambda: kept.append(run_pending(stream, member)))
+            kept: list[RunReport] = []
+            with reading_timed() as reading_s:
+                took = seconds(lambda: kept.append(run_pending(stream, member)))
             assert kept[-1].events == count
+            splits.setdefault(handler.__name__, []).append(_split(kept[-1], took, sum(reading_s)))
             return took
 
         took = alternate(
@@ -84,29 +90,54 @@ def run(settings: Settings) -> list[Row]:
                 "by_event": lambda: ours(by_event),
                 "bare_emitting": lambda: seconds(lambda: bare.consume(emit=True)),
                 "emitting": lambda: ours(emitting),
-                "decode": lambda: seconds(lambda: read_all(stream, count)),
             },
         )
         bare.close()
     return [
         against("consume: batch API / bare loop", count, took["by_batch"], took["bare"], 0.5),
-        _split(reports["by_batch"], took["by_batch"], took["decode"], count),
+        _split_row(splits["by_batch"], count),
         against("consume: per-event API / bare loop", count, took["by_event"], took["bare"], 0.5),
-        _split(reports["by_event"], took["by_event"], took["decode"], count),
+        _split_row(splits["by_event"], count),
         against("consume: every event emits one / bare loop", count, took["emitting"], took["bare_emitting"], 0.5),
-        _split(reports["emitting"], took["emitting"], took["decode"], count),
+        _split_row(splits["emitting"], count),
     ]
 
 
-def _split(reports: list[RunReport], totals: Sequence[float], decoding: Sequence[float], count: int) -> Row:
-    """Where the time goes, in microseconds an event; reading with decoding is timed apart, in large reads."""
-    handler_s = statistics.median(sum(batch.handler_seconds for batch in report.batches) for report in reports)
-    commit_s = statistics.median(sum(batch.commit_seconds for batch in report.batches) for report in reports)
-    total_s, decode_s = statistics.median(totals), statistics.median(decoding)
-    parts = {
-        "read+decode": decode_s,
-        "handler": handler_s - decode_s,
+@contextmanager
+def reading_timed() -> Iterator[list[float]]:
+    """The seconds that reading and decoding take within the block, one number for each stored batch."""
+    spent: list[float] = []
+    original = handling.read_ranges
+
+    def timed(*arguments: Any) -> Iterator[Any]:
+        source = original(*arguments)
+        while True:
+            started = time.perf_counter()
+            piece = next(source, None)
+            spent.append(time.perf_counter() - started)
+            if piece is None:
+                return
+            yield piece
+
+    handling.read_ranges = timed
+    try:
+        yield spent
+    finally:
+        handling.read_ranges = original
+
+
+def _split(report: RunReport, total_s: float, reading_s: float) -> dict[str, float]:
+    handler_s = sum(batch.handler_seconds for batch in report.batches)
+    commit_s = sum(batch.commit_seconds for batch in report.batches)
+    return {
+        "read+decode": reading_s,
+        "handler": handler_s - reading_s,
         "commit": commit_s,
         "cut+intent": total_s - handler_s - commit_s,
     }
-    return Row("  of which, µs per event", ", ".join(f"{name} {s / count * 1e6:.2f}" for name, s in parts.items()))
+
+
+def _split_row(splits: Sequence[dict[str, float]], count: int) -> Row:
+    """Where the time goes, in microseconds an event, median of the rounds."""
+    parts = {name: statistics.median(split[name] for split in splits) / count * 1e6 for name in splits[0]}
+    return Row("  of which, µs per event", ", ".join(f"{name} {micros:.2f}" for name, micros in parts.items()))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Reading data_version costs a few microseconds; at these intervals an idle worker stays below 1 % of a core.
 _EAGER_INTERVAL_S = 0.003
-_LAZY_INTERVAL_S = 0.015
+_LAZY_INTERVAL_S = 0.025
 
 
 def watch(database: Database) -> "Watcher":
