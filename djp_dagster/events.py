@@ -10,9 +10,10 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import msgspec
@@ -32,27 +33,40 @@ _encode_json = msgspec.json.Encoder().encode
 _parse_time = msgspec.json.Decoder(datetime).decode
 
 
-class _Ids:
-    """Ids unique per process and call: a random prefix, then a counter. Forked children draw their own prefix."""
+class _IdBlocks:
+    """Blocks of ids unique to this process: a random prefix, then a number. A forked child draws its own prefix.
+
+    Blocks, because an id is made for every event: `chain` takes them from a block without running any Python.
+    """
+
+    _SIZE = 4096
 
     def __init__(self) -> None:
-        self.renew()
-        os.register_at_fork(after_in_child=self.renew)
+        self._block: Iterator[str] = iter(())
+        self._start_anew()
+        os.register_at_fork(after_in_child=self._start_anew)
 
-    def renew(self) -> None:
+    def _start_anew(self) -> None:
         self.prefix = os.urandom(9).hex() + "-"
-        self.next = count().__next__
+        self._numbers = count(step=self._SIZE)
+        deque(self._block, maxlen=0)  # what is left of a block inherited from the parent is the parent's
 
-    def __call__(self) -> str:
-        return f"{self.prefix}{self.next()}"
+    def __iter__(self) -> "_IdBlocks":
+        return self
+
+    def __next__(self) -> Iterator[str]:
+        start = next(self._numbers)
+        self._block = map(self.prefix.__add__, map(str, range(start, start + self._SIZE)))
+        return self._block
 
 
-_ids = _Ids()
+_id_blocks = _IdBlocks()
+_next_id = chain.from_iterable(_id_blocks).__next__
 
 
 def generated_id_prefix() -> str:
     """How the ids begin that this process makes up; an emitted event with such an id gets a derived one instead."""
-    return _ids.prefix
+    return _id_blocks.prefix
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -79,7 +93,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
         True
     """
 
-    id: str = msgspec.field(default_factory=_ids)
+    id: str = msgspec.field(default_factory=_next_id)
     source: str
     type: str
     data: Any = None

@@ -38,7 +38,6 @@ class LeaseKeeper:
     def __init__(self, coordinator: Coordinator, *, owner: str, ttl_s: float = DEFAULT_LEASE_S) -> None:
         self._coordinator, self.owner, self.ttl_s = coordinator, owner, ttl_s
         self._held: dict[tuple[str, int], int] = {}
-        self._lost: set[tuple[str, int, int]] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"djp-leases-{owner}", daemon=True)
@@ -77,10 +76,10 @@ class LeaseKeeper:
                 if self._held.get((lease.group, task)) == epoch:
                     del self._held[lease.group, task]
 
-    def is_lost(self, lease: Lease) -> bool:
-        """Whether a heartbeat has found any of its tasks taken over."""
+    def holds(self, lease: Lease) -> bool:
+        """Whether it was neither given back nor found, by a heartbeat, to be taken over."""
         with self._lock:
-            return any((lease.group, task, epoch) in self._lost for task, epoch in lease.epochs.items())
+            return all(self._held.get((lease.group, task)) == epoch for task, epoch in lease.epochs.items())
 
     def _snapshot(self) -> list[Lease]:
         with self._lock:
@@ -107,6 +106,5 @@ class LeaseKeeper:
                     with self._lock:
                         if self._held.get((lease.group, task)) == epoch:
                             del self._held[lease.group, task]
-                            self._lost.add((lease.group, task, epoch))
                 except TransientError:
                     return

@@ -92,7 +92,9 @@ class Processor:
             try:
                 if intent.probe is None:
                     return self._attempt(lease, intent)
-                intent = self._search(lease, intent, intent.probe)
+                found = find_poison(self._coordinator, self._consumer, self._handling, lease, intent)
+                intent, before = found, intent
+                _require_finding(before, found)
             except OUTAGES as error:
                 intent = self._after_outage(lease, intent, error)
             except DeadlineOvertakenError:
@@ -110,14 +112,6 @@ class Processor:
                 # Told to stop, not killed: the next holder need not count a death.
                 self._end_attempt(lease, intent)
                 raise
-
-    def _search(self, lease: Lease, intent: Intent, probe: Probe) -> Intent:
-        found = find_poison(self._coordinator, self._consumer, self._handling, lease, intent)
-        if len(found.poison) > len(intent.poison) or probe.error_type == PROCESS_DIED:
-            return found
-        # Whatever it was, it is not in the data.
-        passed = TransientError(f"it failed with {probe.error_type} ({probe.error}), but no part of it failed again")
-        return self._retry(lease, found, passed)
 
     def _end_attempt(self, lease: Lease, intent: Intent) -> None:
         with contextlib.suppress(FencedError, *OUTAGES):
@@ -245,3 +239,13 @@ class Processor:
         ranges = tuple(_replace(part, end=spans[part.at].end) for part in intent.ranges)
         self._coordinator.update(lease, _replace(intent, ranges=ranges, running=False))
         return self._coordinator.resume(lease, intent.batch_id)
+
+
+def _require_finding(before: Intent, found: Intent) -> None:
+    """A search begun by an exception must have found a record to blame; else whatever failed is not in the data."""
+    probe = before.probe
+    if probe is None or probe.error_type == PROCESS_DIED or len(found.poison) > len(before.poison):
+        return
+    raise HandlerError(
+        TransientError(f"it failed with {probe.error_type} ({probe.error}), but no part of it failed again")
+    )

@@ -197,6 +197,9 @@ class Worker:
             return False
         worked = False
         for tasks in list(member.held):
+            if not keeper.holds(member.held[tasks].lease):
+                self._let_go(member, keeper, tasks)
+                continue
             try:
                 worked |= self._serve_tasks(member, keeper, tasks, ask)
             except FencedError as error:

@@ -35,8 +35,9 @@ def test_it_prolongs_what_it_holds_and_gives_it_back(stream: EventStream, clock:
             lambda: all(now > then for now, then in zip(expiry(stream)[:2], before[:2], strict=True)), "a heartbeat"
         )
         assert [task.owner for task in stream.coordinator.tasks("g")] == ["me", "me", None]
-        assert not keeper.is_lost(lease)
+        assert keeper.holds(lease)
         keeper.release(lease.part([0]))
+        assert not keeper.holds(lease)
         assert [task.owner for task in stream.coordinator.tasks("g")] == [None, "me", None]
     assert [task.owner for task in stream.coordinator.tasks("g")] == [None, None, None]
     assert not [thread for thread in threading.enumerate() if thread.name == "djp-leases-me"]
@@ -48,8 +49,8 @@ def test_a_task_taken_over_is_lost_and_the_others_are_kept(stream: EventStream, 
         kept, lost = keeper.acquire("g", [0]), keeper.acquire("g", [1])
         clock.advance(1)
         stolen = stream.coordinator.acquire("g", [1], "thief", 60.0)
-        wait_until(lambda: keeper.is_lost(lost), "the loss to be noticed")
-        assert not keeper.is_lost(kept)
+        wait_until(lambda: not keeper.holds(lost), "the loss to be noticed")
+        assert keeper.holds(kept)
         clock.advance(0.2)
         at_least = round(clock.now_s * 1e6)
         wait_until(lambda: expiry(stream)[0] > at_least, "a heartbeat of what is kept")
@@ -83,7 +84,7 @@ def test_an_outage_ends_no_lease(stream: EventStream, monkeypatch: pytest.Monkey
     with LeaseKeeper(stream.coordinator, owner="me", ttl_s=0.03) as keeper:
         lease = keeper.acquire("g")
         wait_until(lambda: len(beats) > 3, "heartbeats after the outage")
-        assert not keeper.is_lost(lease)
+        assert keeper.holds(lease)
 
 
 def test_giving_back_to_a_stream_that_is_away_is_no_error(stream: EventStream, monkeypatch: pytest.MonkeyPatch) -> None:
