@@ -14,6 +14,7 @@
     │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
     └── TerminalError                   trying again cannot help; the cause must change
         ├── InvalidSettingError         a wrong argument or declaration
+        ├── InvalidValueError           a value that cannot be stored, in state or as a deadline
         ├── InvalidEventError           not a CloudEvents 1.0 event
         ├── MissingKeyError             an event without the key of its topic
         ├── EventTooLargeError          an event above its topic's limit
@@ -26,6 +27,7 @@
         ├── ProducerFencedError         a newer producer of the same name has opened
         ├── OffsetOutOfRangeError       a position below retention, or past the end
         ├── StreamNotWritableError      no permission, or a read-only place
+        ├── StreamFailedError           the database refused for a reason unknown to this package
         ├── StreamCorruptError          the file is damaged or truncated
         ├── StreamFormatError           written by another format version, or no stream at all
         ├── StreamReplacedError         another stream lies where this one was
@@ -117,6 +119,10 @@ class InvalidSettingError(TerminalError):
     """An argument, setting or declaration is wrong."""
 
 
+class InvalidValueError(TerminalError):
+    """A handler gave a value that cannot be stored; the record that led to it is at fault."""
+
+
 class InvalidEventError(TerminalError):
     """Not a CloudEvents 1.0 event; ``facts["attribute"]`` names what is wrong."""
 
@@ -171,6 +177,10 @@ class OffsetOutOfRangeError(TerminalError):
 
 class StreamNotWritableError(TerminalError):
     """The stream's place cannot be written: no permission, a read-only file system, or no such folder."""
+
+
+class StreamFailedError(TerminalError):
+    """The database refused something for a reason this package does not know; no record is to blame."""
 
 
 class StreamCorruptError(TerminalError):

@@ -1,7 +1,7 @@
 """`Event`: the CloudEvents 1.0 event, as cheap as a tuple, and its JSON codec.
 
-Inside the stream an event is a MessagePack array (see `djp_dagster.streams.codec`); at the edges it is CloudEvents JSON
-in structured mode, equal to what the official SDK reads and writes.
+Inside the stream an event is a MessagePack array (see `djp_dagster.streams.records`); at the edges it is CloudEvents
+JSON in structured mode, equal to what the official SDK reads and writes.
 
 Source of the format: CloudEvents 1.0.2, "JSON Event Format for CloudEvents".
 """

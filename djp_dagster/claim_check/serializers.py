@@ -64,9 +64,17 @@ def _media_type(value: Any) -> str:
 
 def _write(value: Any, media_type: str, file: BinaryIO) -> None:
     if media_type == PARQUET:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(_as_arrow(value), file)
+        try:
+            pq.write_table(_as_arrow(value), file)
+        except pa.ArrowException as error:
+            raise InvalidSettingError(
+                f"an output table cannot be written as Parquet: {error}; give its columns one type each",
+                setting="output",
+                value=type(value).__name__,
+            ) from error
     elif media_type == TEXT:
         file.write(value.encode())
     elif media_type == BYTES:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from djp_dagster.errors import InvalidSettingError, PoisonBlockedError, SystemicFailureError
+from djp_dagster.errors import InvalidSettingError, InvalidValueError, PoisonBlockedError, SystemicFailureError
 from djp_dagster.events import Event
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, Position
-from djp_dagster.processing.failures import describe
+from djp_dagster.processing.failures import blocked, describe
 from djp_dagster.processing.tables import RowCollector
 from djp_dagster.streams.contracts import EventLog
 from djp_dagster.streams.model import Deadline, Intent, Poison, Range, TopicInfo
@@ -43,6 +43,10 @@ def read_ranges(
                     bad = [record for record in bad if record.position not in skip]
                 reach("3.reading")
                 yield records, bad
+
+
+class Failed(Exception):  # noqa: N818
+    """What a handler says of a record in words; its name is what the dead letter shows."""
 
 
 class Batch:
@@ -154,10 +158,16 @@ class Batch:
     def fail(self, record: Record, error: BaseException | str) -> None:
         """Send ``record`` to the dead letters with the commit of this batch; the rest of the batch goes on.
 
-        The handler must not have any effect for a record it fails.
+        The handler must not have any effect for a record it fails. It decides, so ``max_poison`` does not count these.
+
+        Raises:
+            PoisonBlockedError: the consumer keeps order at all cost (``on_poison="block"``).
         """
-        error_type, text = ("Failed", error) if isinstance(error, str) else describe(error)
-        self.effects.fail(record, error_type, text)
+        error_type, text = describe(error if isinstance(error, BaseException) else Failed(error))
+        found = Poison(*record.position, error_type, text)
+        if self.blocks:
+            raise blocked(self.group, found)
+        self.effects.failed[record.position] = found
 
     def set_deadline(self, key: str, at: datetime, *, source: Record | None = None) -> None:
         """Have a later batch of the same task carry ``key`` in its ``deadlines``, not before ``at``.
@@ -171,7 +181,9 @@ class Batch:
                 iterated.
         """
         if at.tzinfo is None:
-            raise InvalidSettingError(f"deadline {key!r} at {at!r} needs a time zone", setting="at", value=at)
+            raise InvalidValueError(f"deadline {key!r} at {at!r} needs a time zone", key=key)
+        if "\0" in key:
+            raise InvalidValueError(f"deadline key {key!r} must not hold a NUL character", key=key)
         self.effects.set_deadline(self._task_of(source), key, to_micros(at))
 
     def clear_deadline(self, key: str, *, source: Record | None = None) -> None:

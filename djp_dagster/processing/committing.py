@@ -1,11 +1,10 @@
 """Steps 5 to 7 of the protocol: store the output, commit once, apply the state changes."""
 
 import logging
-import sqlite3
 from typing import Any
 
 from djp_dagster.claim_check.serializers import store_value
-from djp_dagster.errors import StateMismatchError
+from djp_dagster.errors import StateMismatchError, StreamBusyError
 from djp_dagster.processing.failures import OUTAGES, Patience
 from djp_dagster.processing.handling import Attempt
 from djp_dagster.state.store import Change, TaskStores
@@ -102,7 +101,7 @@ class Committer:
         for encoded, offset in commit.changelog:
             try:
                 self._stores[encoded.partition].apply(changes, offset, offset + encoded.count)
-            except (StateMismatchError, sqlite3.Error) as error:
+            except (StateMismatchError, StreamBusyError) as error:
                 # The commit stands; the local store is only a cache, and catches up when it is opened anew.
                 _log.warning("local state is left behind: %s", error)
                 self._stores.drop([encoded.partition])

@@ -65,10 +65,6 @@ class Effects:
             )
         return emits
 
-    def fail(self, record: Record, error_type: str, error: str) -> None:
-        """Remember that ``record`` goes to the dead letters."""
-        self.failed[record.position] = Poison(*record.position, error_type, error)
-
     def set_deadline(self, task: int, key: str, due_micros: int | None) -> None:
         """Remember a due time; None forgets one."""
         at = (task, key)
@@ -112,7 +108,8 @@ class Effects:
         if total > self._max_emit_bytes:
             raise CommitTooLargeError(
                 f"a batch of group {self._scope.group!r} emitted {total} bytes, one commit carries "
-                f"{self._max_emit_bytes}; lower the consumer's max_batch, or raise its max_emit_bytes",
+                f"{self._max_emit_bytes}; raise its max_emit_bytes; or lower its max_batch and void the "
+                "open batch with stream.seek",
                 group=self._scope.group,
                 bytes=total,
                 limit=self._max_emit_bytes,
@@ -126,7 +123,8 @@ class Effects:
         partition_for, derived = partitioner(topic), _DerivedIds(self._scope, topic.name)
         id_of, generated = derived.of, generated_id_prefix()
         for event, cause in zip(emits.events, emits.causes, strict=True):
-            if type(event) is not Event or not event.id.startswith(generated):
+            # A record passed on, whole or as its bare event, stays the event it is.
+            if type(event) is not Event or not event.id.startswith(generated) or (cause and event.id == cause.id):
                 _require_event(event)
                 row = _as_tuple(event)[: len(_FIELDS)]
             else:

@@ -15,9 +15,9 @@ from djp_dagster.errors import (
     InvalidSettingError,
     OffsetOutOfRangeError,
     PoisonBlockedError,
-    StateMismatchError,
     StreamBusyError,
     StreamCorruptError,
+    StreamFailedError,
     StreamFormatError,
     StreamFullError,
     StreamNotWritableError,
@@ -38,10 +38,10 @@ FATAL = (
     FencedError,
     OffsetOutOfRangeError,
     StreamCorruptError,
+    StreamFailedError,
     StreamFormatError,
     StreamReplacedError,
     StreamNotWritableError,
-    StateMismatchError,
     CommitTooLargeError,
     InvalidSettingError,
     PoisonBlockedError,
@@ -100,7 +100,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 def describe(error: BaseException, *, limit: int = 2000) -> tuple[str, str]:
     """The error's type and text, short enough to store."""
-    text = str(error)
+    text = str(error).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
     return type(error).__qualname__, text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -120,11 +120,13 @@ class Patience:
         outage: how long an outage of the stream is waited for.
     """
 
+    _QUIET_S = 60.0  # an outage after this long without one is another one
     _LONGEST_S = 60.0  # a clock that went back must not make anybody wait for it
 
     def __init__(self, stop: threading.Event, outage: Duration) -> None:
         self._stop, self._outage_s = stop, parse_seconds(outage, name="patience")
         self._away_since: float | None = None
+        self._last = 0.0
 
     def pause(self, seconds: float) -> None:
         """Wait, if there is anything to wait for."""
@@ -134,8 +136,9 @@ class Patience:
     def wait_out(self, error: DjpError) -> None:
         """Wait a little for the stream to come back; raise ``error`` if it has been away for too long."""
         now = time.monotonic()
-        if self._away_since is None:
+        if self._away_since is None or now - self._last > self._QUIET_S:
             self._away_since = now
+        self._last = now
         if self._stop.is_set() or now - self._away_since > self._outage_s:
             raise error
         _log.warning("waiting for the stream: %s", error)

@@ -5,11 +5,12 @@ from typing import Any
 
 import msgspec
 
+from djp_dagster.errors import StateMismatchError, TransientError
 from djp_dagster.processing.batch import Batch, read_ranges
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, EmitScope, Position
-from djp_dagster.processing.failures import HandlerError, blocked, systemic
+from djp_dagster.processing.failures import HandlerError, systemic
 from djp_dagster.state.store import Change, TaskState, TaskStores
 from djp_dagster.streams.model import DeadLetter, Intent, Lease, Range
 from djp_dagster.streams.records import EncodedBatch, Origin, Record, Undecodable, decode_one
@@ -80,6 +81,9 @@ class Handling:
             value = self._call(batch, effects, state)
             emits = effects.encode_emits()
             changes = state.changes() if state is not None else []
+        except StateMismatchError as error:
+            self._stores.restore_later(intent.tasks, str(error))
+            raise HandlerError(TransientError(f"{error}; it is restored from its changelog")) from error
         except Exception as error:
             if consumer.retry.judge(error) in ("outage", "fatal"):
                 raise
@@ -107,8 +111,6 @@ class Handling:
 
     def _require_tolerable(self, batch: Batch, record: Record, effects: Effects) -> None:
         found = effects.failed[record.position]
-        if batch.blocks:
-            raise blocked(batch.group, found)
         if len(effects.failed) > batch.max_poison:
             raise systemic(batch.group, batch.max_poison, batch.id, len(effects.failed), found.error_type, found.error)
 

@@ -77,7 +77,7 @@ class Holding:
         intent = self._cut(tasks, bound, reason, until)
         if intent is None:
             return None
-        self._coordinator.begin(self.lease, intent)
+        self._processor.begin(self.lease, intent)
         reach("2.intent")
         return self._do(intent, resumed=False)
 
@@ -137,10 +137,13 @@ class Holding:
         reports = []
         ids = cast(Sequence[int], request.body["ids"])
         before = dict(zip(ids, cast(Sequence[int], request.body["redrives"]), strict=True))
-        letters = self._coordinator.dead_letters_by_id(self.lease.group, ids)
+        # What is done, discarded, or was tried for this request by a holder that is gone, is left alone.
+        letters = [
+            letter
+            for letter in self._coordinator.dead_letters_by_id(self.lease.group, ids)
+            if letter.status == "pending" and letter.redrives == before[letter.id]
+        ]
         for letter in letters:
-            if letter.status != "pending" or letter.redrives > before[letter.id]:
-                continue  # done, discarded, or tried for this request by a holder that is gone
             # One at a time: what fails again must not take others with it.
             intent = Intent(
                 batch_id=uuid4().hex,
@@ -151,12 +154,14 @@ class Holding:
                 reason="redrive",
                 now_micros=self._log.now_micros(),
                 dead_letters=(letter.id,),
+                requests=(request.id,) if letter is letters[-1] else (),
             )
-            self._coordinator.begin(self.lease, intent)
+            self._processor.begin(self.lease, intent)
             report = self._do(intent, resumed=False)
             if report is not None:
                 reports.append(report)
-        self._coordinator.finish_request(self.lease, request.id, "done")
+        if not letters:
+            self._coordinator.finish_request(self.lease, request.id, "done")
         return reports
 
     def _cut_as_asked(self, request: Request) -> list[BatchReport]:

@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 DEFAULT_LEASE_S = 5.0
 
 
-def new_owner() -> str:
-    """A name for whoever holds leases: host, process, and something random."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+def new_owner(name: str | None = None) -> str:
+    """A unique name for whoever holds leases: the given one, or host and process; and something random."""
+    return f"{name or f'{socket.gethostname()}-{os.getpid()}'}-{secrets.token_hex(4)}"
 
 
 class LeaseKeeper:
@@ -94,8 +94,9 @@ class LeaseKeeper:
                 self._coordinator.heartbeat(self._snapshot())
             except FencedError:
                 self._drop_lost()
-            except TransientError as error:
-                _log.warning("heartbeat of %s failed and is repeated: %s", self.owner, error)
+            except Exception:  # noqa: BLE001
+                # Whatever it is, ending the heartbeats would only add lost leases to it.
+                _log.warning("heartbeat of %s failed and is repeated", self.owner, exc_info=True)
 
     def _drop_lost(self) -> None:
         for lease in self._snapshot():

@@ -86,17 +86,19 @@ class Processor:
             RetriesExhaustedError: transient failures used up the retry budget; the offsets stay.
             SystemicFailureError, PoisonBlockedError: nothing was dead-lettered; the offsets stay.
         """
-        if resumed:
-            intent = self._resume(lease, intent)
         while True:
             try:
+                if resumed:
+                    intent = self._coordinator.resume(lease, intent.batch_id)
+                    resumed = False
+                    intent = self._resumed(lease, intent)
                 if intent.probe is None:
                     return self._attempt(lease, intent)
                 found = find_poison(self._coordinator, self._consumer, self._handling, lease, intent)
                 intent, before = found, intent
                 _require_finding(before, found)
             except OUTAGES as error:
-                intent = self._after_outage(lease, intent, error)
+                intent, resumed = self._after_outage(lease, intent, error), False
             except DeadlineOvertakenError:
                 intent = self._cut_longer(lease, intent)
             except HandlerError as failure:
@@ -117,8 +119,32 @@ class Processor:
         with contextlib.suppress(FencedError, *OUTAGES):
             self._coordinator.update(lease, _replace(intent, running=False, probe=idle(intent.probe)))
 
-    def _resume(self, lease: Lease, intent: Intent) -> Intent:
-        intent = self._coordinator.resume(lease, intent.batch_id)
+    def begin(self, lease: Lease, intent: Intent) -> None:
+        """Write a new intent down, once, whatever becomes of the connection meanwhile.
+
+        Raises:
+            FencedError: the lease was lost.
+        """
+        unclear = False
+        while True:
+            try:
+                if not (unclear and self._is_written(lease, intent)):
+                    unclear = True
+                    self._coordinator.begin(lease, intent)
+            except OUTAGES as error:
+                self._patience.wait_out(error)
+            else:
+                self._patience.came_back()
+                return
+
+    def _is_written(self, lease: Lease, intent: Intent) -> bool:
+        try:
+            self._coordinator.update(lease, intent)
+        except FencedError:
+            return False  # not there, or not ours: beginning it tells
+        return True
+
+    def _resumed(self, lease: Lease, intent: Intent) -> Intent:
         reach("2.intent")
         self._patience.pause((intent.not_before_micros - self._log.now_micros()) / 1e6)
         if intent.deaths < self._consumer.retry.max_attempts or intent.probe is not None:
@@ -135,16 +161,21 @@ class Processor:
                 raise
             try:
                 self._coordinator.update(lease, _replace(intent, running=False, probe=idle(intent.probe)))
-                return self._coordinator.resume(lease, intent.batch_id)
+                intent = self._coordinator.resume(lease, intent.batch_id)
             except OUTAGES as again:
                 error = again
+            else:
+                return intent
 
     def _attempt(self, lease: Lease, intent: Intent) -> BatchReport:
         started = time.perf_counter()
         attempt = self._handling.run(lease, intent, intent.ranges, poison_of(intent))
         handled = time.perf_counter()
         reach("4.handled")
-        output = self._committer.store_output(intent, attempt.value)
+        try:
+            output = self._committer.store_output(intent, attempt.value)
+        except OSError as error:
+            raise HandlerError(error) from error
         reach("5.stored")
         commit = self._committer.prepare(lease, intent, attempt, output)
         committing = time.perf_counter()
@@ -233,10 +264,11 @@ class Processor:
         return self._coordinator.resume(lease, intent.batch_id)
 
     def _cut_longer(self, lease: Lease, intent: Intent) -> Intent:
-        """Grow the ranges to the inputs' current ends, so that nothing older than a fired deadline is left out."""
-        topics = sorted({part.topic for part in intent.ranges})
-        spans = self._log.spans(topics)
-        ranges = tuple(_replace(part, end=spans[part.at].end) for part in intent.ranges)
+        """Grow the ranges as far as records are not younger than the fired deadlines."""
+        latest = max(deadline.due_micros for deadline in intent.deadlines)
+        ranges = tuple(
+            _replace(part, end=max(part.end, self._log.offset_at(part.at, latest + 1))) for part in intent.ranges
+        )
         self._coordinator.update(lease, _replace(intent, ranges=ranges, running=False))
         return self._coordinator.resume(lease, intent.batch_id)
 

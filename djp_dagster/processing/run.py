@@ -90,7 +90,7 @@ def run_pending(
 
     spans = stream.log.spans([topic.name for topic in consumer.topics])
     until = {at: span.end for at, span in spans.items()}
-    keeper = LeaseKeeper(stream.coordinator, owner=owner or new_owner(), ttl_s=parse_seconds(lease, name="lease"))
+    keeper = LeaseKeeper(stream.coordinator, owner=new_owner(owner), ttl_s=parse_seconds(lease, name="lease"))
     processor = Processor(stream, consumer, resources=resources, state_folder=state_folder, stop=stop)
     with closing(processor), keeper:
         asked = None if only_requests else until

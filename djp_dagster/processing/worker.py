@@ -77,7 +77,7 @@ class Worker:
         self._resources, self._state_folder = resources, state_folder
         self._lease_s = parse_seconds(lease, name="lease")
         self._on_report, self._on_failure = on_report, on_failure
-        self.owner = owner or new_owner()
+        self.owner = new_owner(owner)
 
     def run(self, stop: threading.Event) -> None:
         """Work until ``stop`` is set; then finish the batch under way, give everything back, and return.
@@ -125,20 +125,19 @@ class Worker:
                 ask = now >= requests_at
                 requests_at = now + _REQUESTS_EVERY_S if ask else requests_at
                 worked = [self._serve(member, keeper, now, ask) for member in members]
+                if now >= tidy_at:
+                    tidy(self._stream)
+                    tidy_at = now + _TIDY_EVERY_S
+                if any(worked):
+                    eager_until = time.monotonic() + _EAGER_FOR_S
+                else:
+                    watcher.wait(self._idle_s(members, share_at), eager=time.monotonic() < eager_until)
             except RetriesExhaustedError:
                 raise
             except TransientError as error:
                 _log.warning("worker %s waits for the stream: %s", self.owner, error)
                 share_at = 0.0
                 stop.wait(0.5)
-                continue
-            if now >= tidy_at:
-                tidy(self._stream)
-                tidy_at = now + _TIDY_EVERY_S
-            if any(worked):
-                eager_until = time.monotonic() + _EAGER_FOR_S
-            else:
-                watcher.wait(self._idle_s(members, share_at), eager=time.monotonic() < eager_until)
 
     def _idle_s(self, members: Sequence[_Member], share_at: float) -> float:
         """How long nothing can come due by itself."""
@@ -153,6 +152,8 @@ class Worker:
         """Take free tasks up to an even share; give away what exceeds it."""
         coordinator = self._stream.coordinator
         for member in members:
+            if time.monotonic() < member.paused_until:
+                continue
             group = member.consumer.group
             workers = coordinator.join(group, self.owner, self._lease_s)
             share = -(-member.tasks // max(workers, 1))
@@ -236,8 +237,12 @@ class Worker:
         member.failures += 1
         member.paused_until = time.monotonic() + pause_s
         _log.error("group %s pauses for %.0f s: %s", member.consumer.group, pause_s, error)
-        for tasks in list(member.held):
-            self._give_back(member, keeper, tasks)
+        try:
+            for tasks in list(member.held):
+                self._give_back(member, keeper, tasks)
+            self._stream.coordinator.leave(member.consumer.group, self.owner)
+        except TransientError as outage:
+            _log.warning("what %s holds of %s runs out by itself: %s", self.owner, member.consumer.group, outage)
         if self._on_failure is None:
             raise error
         self._on_failure(member.consumer, error)

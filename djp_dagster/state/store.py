@@ -10,18 +10,21 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from djp_dagster.errors import InvalidSettingError, StateMismatchError, StreamCorruptError
+from djp_dagster.errors import InvalidValueError, StateMismatchError, StreamBusyError, StreamCorruptError
 from djp_dagster.partitioning import Key
 from djp_dagster.streams.contracts import EventLog
 from djp_dagster.streams.records import TopicPartition, decode_changes, decode_value, encode_value
 
 _log = logging.getLogger(__name__)
 _SCHEMA_VERSION = 1
+_PASSING = ("locked", "busy", "full", "disk I/O", "unable to open", "readonly")
+"""What SQLite says of troubles that are not the file's own fault."""
 _READ_BYTES = 4 << 20
 Change = tuple[bytes, bytes | None]
 
@@ -37,10 +40,25 @@ class TaskStore:
     def __init__(self, path: Path, log: EventLog, changelog: TopicPartition) -> None:
         self._path, self._log, self._changelog = path, log, changelog
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._identity = f"{log.incarnation}/{log.topic(changelog.topic).identity}"
         try:
-            self._db = self._open()
-        except (sqlite3.DatabaseError, StateMismatchError) as error:
+            with self._translated():
+                self._db = self._open()
+        except StateMismatchError as error:
             self._discard(str(error))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Damage is a mismatch, cured by restoring; anything else about the file may pass."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            text = str(error)
+            if not any(word in text for word in _PASSING):
+                raise self._mismatch(text) from error
+            raise StreamBusyError(
+                f"local state {str(self._path)!r}: {text}; try again", path=str(self._path)
+            ) from error
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=30.0)
@@ -54,10 +72,10 @@ class TaskStore:
                 "CREATE TABLE IF NOT EXISTS lineage (one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER, "
                 "incarnation TEXT, changelog_offset INTEGER)"
             )
-            db.execute("INSERT OR IGNORE INTO lineage VALUES (1, ?, ?, 0)", (_SCHEMA_VERSION, self._log.incarnation))
+            db.execute("INSERT OR IGNORE INTO lineage VALUES (1, ?, ?, 0)", (_SCHEMA_VERSION, self._identity))
             db.execute("COMMIT")
             version, incarnation = db.execute("SELECT version, incarnation FROM lineage").fetchone()
-            if (version, incarnation) != (_SCHEMA_VERSION, self._log.incarnation):
+            if (version, incarnation) != (_SCHEMA_VERSION, self._identity):
                 raise self._mismatch(f"it is of stream {incarnation} (format {version})")  # noqa: TRY301
         except BaseException:
             db.close()
@@ -77,6 +95,11 @@ class TaskStore:
             Path(f"{self._path}{suffix}").unlink(missing_ok=True)
         self._db = self._open()
 
+    def restore_later(self, why: str) -> None:
+        """Discard what is there; the next `catch_up` restores it."""
+        self._db.close()
+        self._discard(why)
+
     @property
     def offset(self) -> int:
         """The changelog offset up to which changes are applied."""
@@ -86,12 +109,12 @@ class TaskStore:
         """Apply every committed changelog record not applied yet; the changelog's end."""
         end = self._log.spans([self._changelog.topic])[self._changelog].end
         try:
-            offset = self.offset
+            with self._translated():
+                offset = self.offset
             if offset > end:
                 raise self._mismatch(f"it is at {offset}, the changelog ends at {end}")
-        except (sqlite3.DatabaseError, StateMismatchError) as error:
-            self._db.close()
-            self._discard(str(error))
+        except StateMismatchError as error:
+            self.restore_later(str(error))
             offset = 0
         while offset < end:
             for batch in self._log.read(self._changelog, offset, end=end, max_bytes=_READ_BYTES):
@@ -105,12 +128,15 @@ class TaskStore:
         Raises:
             StateMismatchError: the store is elsewhere, because another holder has applied something.
         """
-        updates: dict[bytes, bytes | None] = dict(changes)
+        with self._translated():
+            self._apply(dict(changes), expected, reached)
+
+    def _apply(self, updates: dict[bytes, bytes | None], expected: int, reached: int) -> None:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             moved = self._db.execute(
                 "UPDATE lineage SET changelog_offset = ? WHERE changelog_offset = ? AND incarnation = ?",
-                (reached, expected, self._log.incarnation),
+                (reached, expected, self._identity),
             ).rowcount
             if moved != 1:
                 raise self._mismatch(f"changes from offset {expected} do not follow what it holds")  # noqa: TRY301
@@ -129,7 +155,8 @@ class TaskStore:
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key."""
-        row = self._db.execute("SELECT value FROM kv WHERE key = ?", (key,)).fetchone()
+        with self._translated():
+            row = self._db.execute("SELECT value FROM kv WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
@@ -138,7 +165,8 @@ class TaskStore:
         for start in range(0, len(keys), 500):
             some = keys[start : start + 500]
             marks = ",".join("?" * len(some))
-            found.update(self._db.execute(f"SELECT key, value FROM kv WHERE key IN ({marks})", some))  # noqa: S608
+            with self._translated():
+                found.update(self._db.execute(f"SELECT key, value FROM kv WHERE key IN ({marks})", some))  # noqa: S608
         return found
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
@@ -183,6 +211,12 @@ class TaskStores:
             store = self._open[task] = TaskStore(path, self._log, TopicPartition(self._changelog, task))
         store.catch_up()
         return store
+
+    def restore_later(self, tasks: Iterable[int], why: str) -> None:
+        """Discard the stores of these tasks; they are restored when next caught up."""
+        for task in tasks:
+            if task in self._open:
+                self._open[task].restore_later(why)
 
     def drop(self, tasks: Iterable[int]) -> None:
         """Close the stores of tasks given away, so that whoever holds them next finds them free."""
@@ -232,12 +266,10 @@ class TaskState:
         """Set the value of ``key``.
 
         Raises:
-            InvalidSettingError: None is no value; delete the key instead.
+            InvalidValueError: None is no value; delete the key instead.
         """
         if value is None:
-            raise InvalidSettingError(
-                f"state value of key {key!r} must not be None; use delete(key)", setting="value", value=None
-            )
+            raise InvalidValueError(f"state value of key {key!r} must not be None; use delete(key)", key=key)
         self._put(encode_value(key), value)
 
     def delete(self, key: Key) -> None:
@@ -265,15 +297,15 @@ class TaskState:
         """What this batch changed, encoded, in key order.
 
         Raises:
-            InvalidSettingError: a value cannot be encoded; the key is named.
+            InvalidValueError: a value cannot be encoded; the key is named.
         """
         encoded: list[Change] = []
         for key, value in sorted(self._changed.items(), key=lambda item: item[0]):
             try:
                 encoded.append((key, None if value is _DELETED else encode_value(value)))
             except (TypeError, ValueError, OverflowError) as error:
-                raise InvalidSettingError(
-                    f"state value of key {decode_value(key)!r} cannot be stored: {error}", setting="value", value=key
+                raise InvalidValueError(
+                    f"state value of key {decode_value(key)!r} cannot be stored: {error}", key=decode_value(key)
                 ) from error
         return encoded
 

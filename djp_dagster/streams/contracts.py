@@ -165,12 +165,15 @@ class Coordinator(Protocol):
     def settle(self, commit: Commit) -> bool:
         """After an unclear `commit`: True, it took effect; False, it did not, send it again; else `FencedError`."""
 
-    def seek(self, group: str, owner: str, to: Start | Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
-        """Move the committed offsets of a group nobody works on; drops nothing else. Bumps every epoch.
+    def seek(
+        self, group: str, to: Start | Mapping[TopicPartition, int], *, reset_state: bool = False
+    ) -> dict[TopicPartition, int]:
+        """Move the committed offsets of a group nobody works on, and void its open batches. Bumps every epoch.
 
         Raises:
-            LeaseBusyError: a task is leased or an intent is open.
+            LeaseBusyError: a task is leased.
             OffsetOutOfRangeError: a position is outside what the log holds.
+            InvalidSettingError: ``reset_state`` must be given for a stateful group, whose state then begins empty.
         """
 
     def due_deadlines(self, group: str, tasks: Sequence[int], until_micros: int, limit: int) -> list[Deadline]:

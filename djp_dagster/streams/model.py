@@ -32,7 +32,7 @@ class Capabilities(msgspec.Struct, frozen=True):
 
 
 class TopicInfo(msgspec.Struct, frozen=True):
-    """A topic as it was created."""
+    """A topic as it was created. ``identity`` differs from any other topic's that ever had the name."""
 
     name: str
     partitions: int
@@ -40,6 +40,7 @@ class TopicInfo(msgspec.Struct, frozen=True):
     max_event_bytes: int
     retention: Retention
     created_micros: int
+    identity: str = ""
 
 
 class PartitionSpan(msgspec.Struct, frozen=True):

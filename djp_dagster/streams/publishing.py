@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 from zlib import crc32
 
-from djp_dagster.errors import InvalidEventError, StreamBusyError, StreamUnavailableError
+from djp_dagster.errors import AmbiguousPublishError, InvalidEventError, StreamBusyError, StreamUnavailableError
 from djp_dagster.events import Event
 from djp_dagster.partitioning import partition_of
 from djp_dagster.streams.contracts import EventLog
@@ -120,6 +120,7 @@ class Producer:
         self._log = log
         self._stamp = log.open_producer(name)
         self._retry_for_s = retry_for_s
+        self._unsure: int | None = None
 
     @property
     def name(self) -> str:
@@ -149,15 +150,28 @@ class Producer:
 
         Raises:
             ProducerFencedError: a newer producer of this name has opened.
+            AmbiguousPublishError: the last publish failed unclearly, and this one is not its repetition.
             StreamUnavailableError: the stream stayed away for ``retry_for_s`` seconds; publish again with the same
                 sequence.
         """
+        if sequence is None and self._unsure is not None:
+            raise AmbiguousPublishError(
+                f"producer {self.name!r} does not know if its publish {self._unsure} took effect; repeat that one with "
+                f"sequence={self._unsure}, or open the producer anew and look at last_sequence",
+                producer=self.name,
+                sequence=self._unsure,
+            )
         wanted = self._stamp.sequence + 1 if sequence is None else sequence
         give_up = time.monotonic() + self._retry_for_s
         info = self._until_known(lambda: self._log.topic(topic), give_up)
         batches = list(route(info, events, max_event_bytes=info.max_event_bytes))
         stamp = self._stamp._replace(sequence=wanted)
-        appended = self._until_known(lambda: self._log.append(batches, stamp), give_up)
+        try:
+            appended = self._until_known(lambda: self._log.append(batches, stamp), give_up)
+        except (StreamUnavailableError, StreamBusyError):
+            self._unsure = wanted
+            raise
+        self._unsure = None
         self._stamp = self._stamp._replace(sequence=max(wanted, self._stamp.sequence))
         return appended
 

@@ -201,11 +201,24 @@ class EventStream:
         return self.coordinator.discard_dead_letters(group, ids)
 
     def seek(
-        self, group: str, to: StartPosition | Mapping[TopicPartition, int], *, wait: Duration = "30s"
+        self,
+        group: str,
+        to: StartPosition | Mapping[TopicPartition, int],
+        *,
+        reset_state: bool = False,
+        wait: Duration = "30s",
     ) -> dict[TopicPartition, int]:
         """Move a group's committed offsets: what lies after them is handled (again), what lies before is not.
 
-        Waits up to ``wait`` until nobody works on the group. Dead letters, outputs and state stay as they are.
+        Waits up to ``wait`` until nobody works on the group. An open batch is void then: seeking to where the group
+        stands gets it past a batch that cannot succeed as it was cut. Dead letters and outputs stay as they are.
+
+        Args:
+            group: the consumer group.
+            to: ``"earliest"``, ``"latest"``, a time, or offsets by partition.
+            reset_state: for a stateful group, whose state and deadlines begin empty; its state belongs to the records
+                it was made of.
+            wait: how long to wait.
 
         Returns:
             The new committed offsets.
@@ -213,12 +226,13 @@ class EventStream:
         Raises:
             LeaseBusyError: somebody still works on the group; it is named.
             OffsetOutOfRangeError: the log does not hold a wanted position.
+            InvalidSettingError: ``reset_state`` does not fit the group.
         """
         target = to if isinstance(to, Mapping) else parse_start(to)
         give_up = time.monotonic() + parse_seconds(wait, name="wait")
         while True:
             try:
-                return self.coordinator.seek(group, "seek", target)
+                return self.coordinator.seek(group, target, reset_state=reset_state)
             except LeaseBusyError:
                 if time.monotonic() >= give_up:
                     raise
@@ -230,12 +244,7 @@ class EventStream:
         Raises:
             LeaseBusyError: somebody works on it; it is named.
         """
-        stateful = self.coordinator.group(group).stateful
         self.coordinator.delete_group(group)
-        if stateful:
-            from djp_dagster.streams.topics import changelog_of
-
-            self.log.delete_topic(changelog_of(group))
 
     def apply_retention(self) -> list[TrimReport]:
         """Remove what every topic's retention allows; what a group still needed is reported and logged as lost."""

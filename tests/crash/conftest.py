@@ -1,8 +1,10 @@
 """Processes that can be started in milliseconds and killed for real."""
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,11 @@ class Arena:
 def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.crash.world"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Measuring coverage would slow the victims, and a killed process reports none.
+        for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+            patch.delenv(name)
+        forkserver.ensure_running()
     return context
 
 

@@ -90,10 +90,13 @@ def random_kills(arena: Arena, seed: random.Random, kills: int) -> None:
     alive = [arena.start(role, *arguments) for role, arguments in roles]
     before = arena.books.committed()
     for _ in range(kills):
+        victim = seed.randrange(len(roles))
+        process = alive[victim]
+        signs = arena.folder / f"alive-{process.pid}"
+        wait_for(lambda signs=signs, process=process: signs.exists() or not process.is_alive(), "the victim to work")
         # The pause is the experiment: where in its work the victim is when it dies.
         time.sleep(seed.uniform(0.0, 0.16))
-        victim = seed.randrange(len(roles))
-        alive[victim].kill()
+        process.kill()
         role, arguments = roles[victim]
         alive[victim] = arena.start(role, *arguments)
         now = arena.books.committed()

@@ -112,6 +112,11 @@ def _arm(point: str | None, hit: int, how: str) -> None:
         kill_at(point, hit=hit)  # type: ignore[arg-type]
 
 
+def _announce(folder: str) -> None:
+    """Tell the test that this process is about to do its work."""
+    (Path(folder) / f"alive-{os.getpid()}").touch()
+
+
 def work(folder: str, names: list[str], point: str | None = None, hit: int = 1, how: str = "kill") -> None:
     """A worker process."""
     _arm(point, hit, how)
@@ -119,6 +124,7 @@ def work(folder: str, names: list[str], point: str | None = None, hit: int = 1, 
         worker = djp.Worker(
             stream, [CONSUMERS[name] for name in names], lease=LEASE_S, state_folder=Path(folder) / "state"
         )
+        _announce(folder)
         worker.run(until_stopped(folder))
 
 
@@ -128,6 +134,7 @@ def run(folder: str, names: list[str], point: str | None = None, hit: int = 1, h
     with open_world(folder) as stream:
         local = until_stopped(folder)
         watcher = stream.log.watch()
+        _announce(folder)
         while not local.is_set():
             for name in names:
                 try:
@@ -143,6 +150,7 @@ def publish(folder: str, total: int, seed: int) -> None:
     """A named producer that goes on where the stream says its predecessor got to."""
     with open_world(folder) as stream:
         producer = stream.producer("shop")
+        _announce(folder)
         while producer.last_sequence < total:
             number = producer.last_sequence + 1
             producer.publish("orders", orders_of(number, seed), sequence=number)

@@ -176,7 +176,7 @@ def test_a_read_only_file_system(tmp_path: Path) -> None:
 
 DISK_FULL = """
 # A full disk: a tmpfs of two megabytes, or (where nothing can be mounted) SQLite's own bound on the file's pages.
-import os, subprocess, sys, threading
+import contextlib, os, sqlite3, subprocess, sys, threading
 import sqlalchemy as sa
 from djp_dagster.claim_check.stores import LocalPayloadStore
 from djp_dagster.errors import StreamFullError
@@ -190,9 +190,10 @@ folder, elsewhere, mounted = sys.argv[1], sys.argv[2], sys.argv[3] == "mounted"
 if mounted:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "djp", folder], check=True)
 else:
-    pages = [300]
-    @sa.event.listens_for(sa.engine.Engine, "checkout")
+    limited, pages = [], [300]
+    @sa.event.listens_for(sa.engine.Engine, "connect")
     def limit(connection, *_):
+        limited.append(connection)
         connection.execute("PRAGMA max_page_count=%d" % pages[0])
 
 numbers, copies = Topic("numbers"), Topic("copies")
@@ -243,6 +244,9 @@ def free():
         os.unlink(filler)
     else:
         pages[0] = 100_000
+        for connection in limited:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # closed meanwhile
+                connection.execute("PRAGMA max_page_count=%d" % pages[0])
 
 raised = []
 def run():

@@ -11,6 +11,7 @@ from djp_dagster.errors import (
     CommitTooLargeError,
     InvalidEventError,
     InvalidSettingError,
+    InvalidValueError,
     MissingKeyError,
     SystemicFailureError,
 )
@@ -578,7 +579,9 @@ class TestDeadlines:
                 records = list(batch)
                 with pytest.raises(InvalidSettingError, match="source=record"):
                     batch.set_deadline("k", self.at(clock, 1))
-                with pytest.raises(InvalidSettingError, match="time zone"):
+                with pytest.raises(InvalidValueError, match="NUL"):
+                    batch.set_deadline("k\0", self.at(clock, 1), source=records[0])
+                with pytest.raises(InvalidValueError, match="time zone"):
                     batch.set_deadline("k", datetime(2024, 1, 1), source=records[0])  # noqa: DTZ001
                 for record in records:
                     batch.set_deadline("given", self.at(clock, 1), source=record)
@@ -647,7 +650,7 @@ class TestState:
         def handle(batch: Batch) -> None:
             batch.state.set("k", None)
 
-        with pytest.raises(InvalidSettingError, match="delete"):
+        with pytest.raises(SystemicFailureError, match="InvalidValueError.*delete"):
             run_consumer(handle, numbers(1))
 
     def test_undeclared_is_refused(self, stream: EventStream) -> None:
@@ -665,7 +668,7 @@ class TestState:
         def handle(batch: Batch) -> None:
             batch.state.set("k", object())
 
-        with pytest.raises(InvalidSettingError, match="'k'"):
+        with pytest.raises(SystemicFailureError, match="InvalidValueError.*'k'"):
             run_consumer(handle, numbers(1))
 
     def test_each_batch_holds_one_task(self, stream: EventStream, tmp_path: Any) -> None:

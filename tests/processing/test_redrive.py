@@ -247,8 +247,13 @@ def test_failing_again_never_blocks_the_group(stream: EventStream, settings: dic
         else:
             batch.emit(OUT.event(n=record.data["n"]))
 
+    @consumer(topic=NUMBERS, emits=[OUT], group="g")
+    def before(batch: Batch) -> None:
+        for record in batch:
+            work(record, batch)
+
     fill(stream, NUMBERS, numbers(3))
-    run_pending(stream, handle)
+    run_pending(stream, before)
     (letter,) = redrive(stream, handle)
     assert (letter.status, letter.redrives, letter.error) == ("pending", 1, "still bad")
     assert open_intents(stream, handle) == []

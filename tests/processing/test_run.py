@@ -175,7 +175,8 @@ class TestBusy:
         with in_thread(lambda: run_pending(stream, copy, owner="first", on_report=hold), finish) as outcome:
             assert reported.wait(30)
             second = run_pending(stream, copy, owner="second")
-        assert (second.waited_for, second.batches) == ("first", ())
+        assert (second.waited_for or "").startswith("first-")
+        assert second.batches == ()
         assert outcome[0].events == 3
         assert values(stream, OUT) == [0, 1, 2]
 

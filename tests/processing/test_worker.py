@@ -110,7 +110,7 @@ def test_two_workers_share_the_tasks_and_a_leaving_one_hands_over(stream: EventS
             batch.emit(OUT.event(n=record.data["n"]))
 
     def owners() -> Counter[str | None]:
-        return Counter(task.owner for task in stream.coordinator.tasks("shared"))
+        return Counter(task.owner and task.owner.split("-")[0] for task in stream.coordinator.tasks("shared"))
 
     def work(name: str, stop: threading.Event) -> None:
         def count(report: BatchReport) -> None:
@@ -268,4 +268,5 @@ class TestLost:
         assert outcome == [None]
         assert values(stream, OUT) == [0, 1, 2]
         assert open_intents(stream, copy) == []
-        assert (reports[0].batch_id == lost[0]) == written
+        assert reports[0].batch_id == lost[0]
+        assert reports[0].attempt == 1, "nobody died"

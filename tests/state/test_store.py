@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from djp_dagster import Batch, EventStream, Topic, consumer, run_pending
-from djp_dagster.errors import InvalidSettingError, StateMismatchError, StreamCorruptError
+from djp_dagster.errors import InvalidValueError, StateMismatchError, StreamCorruptError
 from djp_dagster.state.store import TaskState, TaskStore
 from djp_dagster.streams.records import CODEC_CHANGES, EncodedBatch, TopicPartition, encode_changes, encode_value
 from djp_dagster.testing import memory_stream
@@ -289,9 +289,9 @@ TestStateAgainstDict.settings = settings(max_examples=15, stateful_step_count=30
 def test_none_is_no_value_and_what_cannot_be_stored_is_named(stream: EventStream, path: Path) -> None:
     store = opened(path, stream)
     state = TaskState(store)
-    with pytest.raises(InvalidSettingError, match="delete"):
+    with pytest.raises(InvalidValueError, match="delete"):
         state.set("k", None)
     state.set("bad", object())
-    with pytest.raises(InvalidSettingError, match="'bad'"):
+    with pytest.raises(InvalidValueError, match="'bad'"):
         state.changes()
     store.close()

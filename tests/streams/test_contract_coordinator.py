@@ -159,7 +159,7 @@ def test_an_unknown_group_is_named(stream: EventStream) -> None:
         lambda: stream.coordinator.tasks("nobody"),
         lambda: stream.coordinator.acquire("nobody", None, "a", TTL),
         lambda: stream.coordinator.join("nobody", "a", TTL),
-        lambda: stream.coordinator.seek("nobody", "a", "earliest"),
+        lambda: stream.coordinator.seek("nobody", "earliest"),
         lambda: stream.coordinator.delete_group("nobody"),
         lambda: stream.outputs("nobody"),
         lambda: stream.dead_letters("nobody"),
@@ -207,7 +207,7 @@ def test_a_group_deleted_by_somebody_else_is_not_mistaken_for_an_empty_one(backe
         (two.positions, beginning),
         (lambda g: two.pending(g).events, 12),
         (lambda g: [info.task for info in two.coordinator.tasks(g)], [0, 1, 2]),
-        (lambda g: two.coordinator.seek(g, "a", "earliest"), beginning),
+        (lambda g: two.coordinator.seek(g, "earliest"), beginning),
         (lambda g: two.coordinator.join(g, "a", TTL), 1),
         (lambda g: two.coordinator.request(g, "cut", {}) and len(one.coordinator.requests(g)), 1),
         (two.coordinator.delete_group, None),
@@ -373,7 +373,7 @@ def test_a_clock_set_back_does_not_prolong_a_dead_holders_lease(timed: EventStre
     make_group(timed)
     ask: dict[str, Callable[[], object]] = {
         "acquire": lambda: timed.coordinator.acquire("g", None, "b", TTL),
-        "seek": lambda: timed.coordinator.seek("g", "b", "latest"),
+        "seek": lambda: timed.coordinator.seek("g", "latest"),
         "delete": lambda: timed.coordinator.delete_group("g"),
     }
     timed.coordinator.acquire("g", None, "a", TTL)
@@ -609,7 +609,7 @@ def test_nothing_of_a_refused_commit_is_visible(timed: EventStream, clock: Clock
         lease = msgspec.structs.replace(lease, owner="b")
     elif spoiler == "seek":
         clock.advance(61)
-        coordinator.seek("g", "b", timed.positions("g"))
+        coordinator.seek("g", timed.positions("g"), reset_state=True)
     elif spoiler == "positions":
         (part,) = intent.ranges
         intent = msgspec.structs.replace(begun, ranges=(msgspec.structs.replace(part, start=part.start - 1),))
@@ -837,7 +837,7 @@ def test_seek_moves_the_group(timed: EventStream, clock: Clock) -> None:
     parts = [at("in", partition) for partition in range(3)]
 
     def moved(to: Start | dict[TopicPartition, int]) -> list[int]:
-        found = timed.coordinator.seek("g", "me", to)
+        found = timed.coordinator.seek("g", to)
         positions = timed.positions("g")
         assert all(positions[where] == offset for where, offset in found.items())
         return [positions[part] for part in parts]
@@ -855,20 +855,34 @@ def test_seek_needs_a_free_group(timed: EventStream, clock: Clock) -> None:
     make_group(timed)
     lease = timed.coordinator.acquire("g", [1], "a", TTL)
     with pytest.raises(LeaseBusyError, match="'a'"):
-        timed.coordinator.seek("g", "me", "latest")
+        timed.coordinator.seek("g", "latest")
     with pytest.raises(LeaseBusyError, match="'a'"):
         timed.seek("g", "latest", wait=0)
     intent = intent_of(timed, lease)
     timed.coordinator.begin(lease, intent)
     timed.coordinator.release(lease)
-    with pytest.raises(LeaseBusyError, match=intent.batch_id):
-        timed.coordinator.seek("g", "me", "latest")
-    assert set(timed.positions("g").values()) == {0}
-    lease = timed.coordinator.acquire("g", [1], "a", TTL)
-    timed.coordinator.commit(Commit(lease, timed.coordinator.resume(lease, intent.batch_id)))
-    timed.coordinator.release(lease)
-    timed.coordinator.seek("g", "me", "latest")
+    timed.coordinator.seek("g", "latest")
     assert set(timed.positions("g").values()) == {4}
+    assert timed.coordinator.acquire("g", None, "a", TTL).intents == (), "the open batch is void"
+    with pytest.raises(FencedError):
+        timed.coordinator.commit(Commit(lease, intent))
+
+
+def test_seek_of_a_stateful_group_empties_its_state(timed: EventStream) -> None:
+    timed.create_topic(Topic("t"))
+    timed.coordinator.ensure_group(GroupSpec("plain", ("t",)))
+    timed.coordinator.ensure_group(GroupSpec("keeper", ("t",), stateful=True))
+    with pytest.raises(InvalidSettingError, match="reset_state=True"):
+        timed.seek("keeper", "earliest")
+    with pytest.raises(InvalidSettingError, match="reset_state=False"):
+        timed.seek("plain", "earliest", reset_state=True)
+    before = timed.log.topic("__changelog.keeper")
+    timed.log.append([encoded("__changelog.keeper", 0, named("old", 3))])
+    timed.seek("keeper", "earliest", reset_state=True)
+    after = timed.log.topic("__changelog.keeper")
+    assert after.partitions == before.partitions
+    assert after.identity != before.identity
+    assert timed.log.spans(["__changelog.keeper"])[at("__changelog.keeper")].end == 0
 
 
 def test_seek_fences_whoever_still_thinks_it_holds_the_group(timed: EventStream, clock: Clock) -> None:
@@ -877,7 +891,7 @@ def test_seek_fences_whoever_still_thinks_it_holds_the_group(timed: EventStream,
     intent = intent_of(timed, zombie)
     epochs = [info.epoch for info in timed.coordinator.tasks("g")]
     clock.advance(TTL)
-    timed.coordinator.seek("g", "me", {})
+    timed.coordinator.seek("g", {})
     assert [info.epoch for info in timed.coordinator.tasks("g")] == [epoch + 1 for epoch in epochs]
     for use in (
         lambda: timed.coordinator.heartbeat([zombie]),
@@ -897,14 +911,14 @@ def test_seek_stays_within_what_the_log_holds(timed: EventStream, clock: Clock) 
     epochs = [info.epoch for info in timed.coordinator.tasks("g")]
     for bad in ({at("t"): 2}, {at("t"): 7}, {at("t"): -1}, {at("t", 1): 0}, {at("other"): 0}):
         with pytest.raises(OffsetOutOfRangeError, match=r"holds (3 to 6|nothing)"):
-            timed.coordinator.seek("g", "me", bad)
+            timed.coordinator.seek("g", bad)
     assert timed.positions("g") == {at("t"): 0}
     assert [info.epoch for info in timed.coordinator.tasks("g")] == epochs
     for good in (3, 6):
-        assert timed.coordinator.seek("g", "me", {at("t"): good}) == {at("t"): good}
+        assert timed.coordinator.seek("g", {at("t"): good}) == {at("t"): good}
 
 
-def test_seek_gives_up_an_open_batch_whose_records_are_gone(timed: EventStream, clock: Clock) -> None:
+def test_an_open_batch_whose_records_are_gone_can_be_got_past(timed: EventStream, clock: Clock) -> None:
     timed.create_topic(Topic("t", partitions=2, retention="10s", retention_cap="20s"))
     timed.log.append([encoded("t", 0, named("old", 3))])
     timed.coordinator.ensure_group(GroupSpec("g", ("t",)))
@@ -917,13 +931,11 @@ def test_seek_gives_up_an_open_batch_whose_records_are_gone(timed: EventStream, 
     sound = intent_of(timed, lease, [1])
     timed.coordinator.begin(lease, sound)
     timed.coordinator.release(lease)
-    with pytest.raises(LeaseBusyError, match=sound.batch_id):
-        timed.coordinator.seek("g", "me", "earliest")
     lease = timed.coordinator.acquire("g", None, "a", TTL)
     assert {intent.batch_id for intent in lease.intents} == {lost.batch_id, sound.batch_id}
     timed.coordinator.commit(Commit(lease.part([1]), sound))
     timed.coordinator.release(lease)
-    assert timed.coordinator.seek("g", "me", "earliest") == {at("t", 0): 3, at("t", 1): 0}
+    assert timed.coordinator.seek("g", "earliest") == {at("t", 0): 3, at("t", 1): 0}
     assert timed.coordinator.acquire("g", None, "a", TTL).intents == ()
 
 
@@ -934,7 +946,7 @@ def test_seek_wakes_watchers(backend: Backend) -> None:
     try:
         while watcher.wait(0):
             pass
-        two.coordinator.seek("g", "me", "latest")
+        two.coordinator.seek("g", "latest")
         assert watcher.wait(30)
     finally:
         watcher.close()

@@ -202,6 +202,9 @@ class TopicCatalog:
         """
         topic_id = self.id_of(name)
         with self._database.write() as connection:
+            # Locked as `ensure_group` locks them, so that no group begins on a topic that is going.
+            parts = sa.select(schema.partitions.c.partition).where(schema.partitions.c.topic_id == topic_id)
+            connection.execute(parts.order_by(schema.partitions.c.partition).with_for_update()).all()
             query = (
                 sa.select(schema.groups.c.name)
                 .join(schema.positions, schema.positions.c.group_id == schema.groups.c.group_id)
@@ -213,9 +216,22 @@ class TopicCatalog:
                 raise InvalidSettingError(
                     f"topic {name!r} is read by {readers}; delete these groups first", setting="topic", value=name
                 )
-            for table in (schema.record_batches, schema.partitions, schema.topics):
-                connection.execute(sa.delete(table).where(table.c.topic_id == topic_id))
+            self.delete_in(connection, name)
         self.forget(name)
+
+    def delete_in(self, connection: Connection, name: str) -> None:
+        """Delete the topic and its records within a transaction; `forget` it afterwards."""
+        entry = self._load(connection, name)
+        if entry is not None:
+            for table in (schema.record_batches, schema.partitions, schema.topics):
+                connection.execute(sa.delete(table).where(table.c.topic_id == entry[0]))
+
+    def empty_in(self, connection: Connection, name: str) -> None:
+        """Replace the topic by a new one of the same name and shape; `forget` it afterwards."""
+        entry = self._load(connection, name)
+        if entry is not None:
+            self.delete_in(connection, name)
+            self._insert(connection, Topic(name, partitions=entry[1].partitions), self._database.now_micros(connection))
 
     def forget(self, name: str) -> None:
         """Drop the topic from the cache."""
@@ -232,6 +248,7 @@ def _info(row: sa.Row[tuple[object, ...]]) -> TopicInfo:
         max_event_bytes=row.max_event_bytes,
         retention=_decode_retention(row.retention),
         created_micros=row.created_micros,
+        identity=str(row.topic_id),
     )
 
 

@@ -27,6 +27,7 @@ from djp_dagster.errors import (
     InvalidSettingError,
     StreamBusyError,
     StreamCorruptError,
+    StreamFailedError,
     StreamFormatError,
     StreamFullError,
     StreamNotWritableError,
@@ -146,6 +147,7 @@ class Database:
         """This thread's connection. Taking one from a pool costs more than most of our statements."""
         connection: Connection | None = getattr(self._mine, "connection", None)
         if connection is None or connection.closed or connection.invalidated:
+            self._require_same_file()
             connection = self._mine.connection = self.engine.connect()
             self._connections.add(connection)
         return connection
@@ -183,35 +185,44 @@ class Database:
         except sa.exc.DBAPIError as error:
             raise self._typed(error.orig or error, committing, gone=error.connection_invalidated) from error
         except self._driver_error as error:
-            gone = connection is not None and self.engine.dialect.is_disconnect(error, None, None)  # type: ignore[arg-type]
-            if gone and connection is not None:
-                connection.invalidate()
+            gone = connection is not None and self._is_gone(error, connection)
             raise self._typed(error, committing, gone=gone) from error
 
-    def _typed(self, error: BaseException, committing: bool, *, gone: bool) -> BaseException:
+    def _is_gone(self, error: Exception, connection: Connection) -> bool:
+        """Whether the connection is broken; if so, no other one made before is trusted either."""
+        raw = None if connection.closed or connection.invalidated else raw_connection(connection)
+        if not self.engine.dialect.is_disconnect(error, raw, None):  # type: ignore[arg-type]
+            return False
+        connection.invalidate()
+        self.engine.dispose()
+        return True
+
+    def _typed(self, error: BaseException, committing: bool, *, gone: bool) -> DjpError:
         if self.dialect == "sqlite":
             return self._typed_sqlite(error, committing)
-        state = getattr(error, "sqlstate", None) or ""
-        if gone or state[:2] in ("08", "57") or not state:
+        state, where = getattr(error, "sqlstate", None) or "", f"stream {self.label}"
+        if state in ("53100", "53200"):
+            return StreamFullError(f"{where}: {_first_line(error)}; free some space", stream=self.label)
+        nameless = not state and type(error).__name__ in ("OperationalError", "InterfaceError")
+        # 25006 and 25P03: the server became a standby, or timed the session out.
+        if gone or nameless or state[:2] in ("08", "53", "57", "58", "XX") or state in ("25006", "25P03"):
             return StreamUnavailableError(
-                f"stream {self.label}: the database is away ({_first_line(error)}); it is tried again",
+                f"{where}: the database is away ({_first_line(error)}); it is tried again",
                 stream=self.label,
                 ambiguous=committing,
             )
-        if state in ("40001", "40P01", "55P03"):
-            return StreamBusyError(f"stream {self.label}: {_first_line(error)}; try again", stream=self.label)
-        if state in ("53100", "53200"):
-            return StreamFullError(f"stream {self.label}: {_first_line(error)}; free some space", stream=self.label)
-        if state in ("25006", "42501"):
+        if state in ("40001", "40P01", "55P03", "23505"):
+            return StreamBusyError(f"{where}: {_first_line(error)}; try again", stream=self.label)
+        if state == "42501":
             return StreamNotWritableError(
-                f"stream {self.label}: {_first_line(error)}; grant the user write access", stream=self.label
+                f"{where}: {_first_line(error)}; grant the user write access", stream=self.label
             )
-        return error
+        return StreamFailedError(f"{where}: {type(error).__name__}: {_first_line(error)}", stream=self.label)
 
-    def _typed_sqlite(self, error: BaseException, committing: bool) -> BaseException:
+    def _typed_sqlite(self, error: BaseException, committing: bool) -> DjpError:
         name = getattr(error, "sqlite_errorname", None) or _legacy_error_name(str(error))
         where = f"stream {self.label}"
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
             return StreamBusyError(f"{where}: locked for {_BUSY_TIMEOUT_S:.0f} s; try again", stream=self.label)
         if name.startswith("SQLITE_FULL"):
             return StreamFullError(f"{where}: no space left; free some and try again", stream=self.label)
@@ -225,9 +236,9 @@ class Database:
             )
         if name.startswith("SQLITE_IOERR"):
             return self._typed_io_error(error, committing)
-        return error
+        return StreamFailedError(f"{where}: {type(error).__name__}: {error}", stream=self.label)
 
-    def _typed_io_error(self, error: BaseException, committing: bool) -> BaseException:
+    def _typed_io_error(self, error: BaseException, committing: bool) -> DjpError:
         if self.path is not None and _is_full(self.path.parent):
             return StreamFullError(f"stream {self.label}: no space left; free some and try again", stream=self.label)
         return StreamUnavailableError(

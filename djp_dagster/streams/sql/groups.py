@@ -13,6 +13,7 @@ from djp_dagster.errors import (
     LeaseBusyError,
     OffsetOutOfRangeError,
     UnknownGroupError,
+    UnknownTopicError,
 )
 from djp_dagster.streams.model import Backlog, GroupInfo, GroupSpec, Intent, Start
 from djp_dagster.streams.records import TopicPartition
@@ -99,7 +100,10 @@ class SqlGroups:
                 "it is created when its consumer first runs, or with consumer.register(stream)",
                 group=name,
             )
-        self._ids[name] = row.group_id
+        if self._ids.get(name) != row.group_id:
+            # Made, or made anew, since this process last looked: so may its changelog be.
+            self.log.catalog.forget(changelog_of(name))
+            self._ids[name] = row.group_id
         return row
 
     def _rows_of(self, connection: Connection, query: sa.Select[Any], group: str) -> Sequence[sa.Row[Any]]:
@@ -140,6 +144,10 @@ class SqlGroups:
                 .with_for_update()
             )
             parts = connection.execute(query).all()
+            if len(parts) != sum(self.log.topic(topic).partitions for topic in spec.topics):
+                for topic in spec.topics:
+                    self.log.catalog.forget(topic)
+                raise UnknownTopicError(f"a topic of {spec.topics} was deleted meanwhile; try again", topic=spec.topics)
             if connection.execute(sa.select(_groups).where(_groups.c.name == spec.name)).first() is not None:
                 return
             values = {
@@ -190,7 +198,8 @@ class SqlGroups:
     def delete_group(self, name: str) -> None:
         """See `Coordinator.delete_group`."""
         with self.database.write() as connection:
-            group_id = self._id_in(connection, name)
+            row = self._row_in(connection, name)
+            group_id, stateful = row.group_id, bool(row.stateful)
             busy = self._holder_of(connection, name, group_id)
             if busy is None:
                 for table in (
@@ -205,9 +214,12 @@ class SqlGroups:
                     _groups,
                 ):
                     connection.execute(sa.delete(table).where(table.c.group_id == group_id))
+                if stateful:
+                    self.log.catalog.delete_in(connection, changelog_of(name))
         if busy is not None:
             raise busy
         self._ids.pop(name, None)
+        self.log.catalog.forget(changelog_of(name))
 
     def _holder_of(self, connection: Connection, name: str, group_id: int) -> LeaseBusyError | None:
         """Who holds a task of the group, to be raised after the transaction; locks the tasks."""
@@ -228,31 +240,6 @@ class SqlGroups:
             .values(expires_micros=now + row.ttl_micros)
         )
 
-    def _open_batch_of(self, connection: Connection, name: str, group_id: int) -> LeaseBusyError | None:
-        """An open batch of the group, to be raised, unless it can never finish: retention has removed its records."""
-        for body in connection.execute(open_intents, {"g": group_id}).scalars().all():
-            intent = decode_intent(body)
-            if not self._is_lost(connection, intent):
-                return LeaseBusyError(
-                    f"group {name!r} has an open batch {intent.batch_id} (attempt {intent.attempt}); "
-                    "let it finish first",
-                    group=name,
-                    holder=None,
-                    batch_id=intent.batch_id,
-                )
-        return None
-
-    def _is_lost(self, connection: Connection, intent: Intent) -> bool:
-        query = sa.select(_parts.c.begin_offset).where(
-            _parts.c.topic_id == sa.bindparam("t"), _parts.c.partition == sa.bindparam("p")
-        )
-        return any(
-            part.start
-            < connection.execute(query, {"t": self.log.catalog.id_of(part.topic), "p": part.partition}).scalar_one()
-            for part in intent.ranges
-            if part.start < part.end
-        )
-
     def positions(self, group: str) -> dict[TopicPartition, int]:
         """See `Coordinator.positions`."""
         query = (
@@ -271,18 +258,33 @@ class SqlGroups:
             found = self._rows_of(connection, _pending, group)
             return backlog_of(found, self.database.now_micros(connection))
 
-    def seek(self, group: str, owner: str, to: Start | Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
+    def seek(
+        self, group: str, to: Start | Mapping[TopicPartition, int], *, reset_state: bool = False
+    ) -> dict[TopicPartition, int]:
         """See `Coordinator.seek`."""
         moved: dict[TopicPartition, int] = {}
         info = self.group(group)
+        if info.stateful != reset_state:
+            raise InvalidSettingError(
+                f"group {group!r} has {'' if info.stateful else 'no '}state: seek with reset_state={info.stateful}, "
+                "because state belongs to the records it was made of",
+                setting="reset_state",
+                value=reset_state,
+            )
         with self.database.write() as connection:
             group_id = self._id_in(connection, group)
-            busy = self._holder_of(connection, group, group_id) or self._open_batch_of(connection, group, group_id)
+            busy = self._holder_of(connection, group, group_id)
             if busy is None:
                 moved = self._move(connection, info, group_id, to)
+                # Nothing of an open batch has been committed, and with its epoch gone nothing of it can be.
+                connection.execute(sa.delete(_intents).where(_intents.c.group_id == group_id))
+                if reset_state:
+                    connection.execute(sa.delete(schema.deadlines).where(schema.deadlines.c.group_id == group_id))
+                    self.log.catalog.empty_in(connection, changelog_of(group))
                 self.database.notify(connection)
         if busy is not None:
             raise busy
+        self.log.catalog.forget(changelog_of(group))
         return moved
 
     def _move(

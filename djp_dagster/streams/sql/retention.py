@@ -11,6 +11,7 @@ import logging
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from djp_dagster.errors import UnknownTopicError
 from djp_dagster.streams.model import TopicInfo, TrimReport
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.catalog import TopicCatalog
@@ -29,7 +30,10 @@ def trim(database: Database, catalog: TopicCatalog, now_micros: int | None) -> l
     for info in catalog.all():
         if info.retention.age_s is None and info.retention.cap_s is None:
             continue
-        topic_id = catalog.id_of(info.name)
+        try:
+            topic_id = catalog.id_of(info.name)
+        except UnknownTopicError:
+            continue
         for partition in range(info.partitions):
             report = _trim_partition(database, info, topic_id, partition, now_micros)
             if report is not None:
@@ -73,7 +77,9 @@ def _trim_step(
     The partition row is locked first, as `ensure_group` does, so that no group starts at a record that is going.
     """
     here = (_parts.c.topic_id == topic_id, _parts.c.partition == partition)
-    part = connection.execute(sa.select(_parts).where(*here).with_for_update()).one()
+    part = connection.execute(sa.select(_parts).where(*here).with_for_update()).one_or_none()
+    if part is None:
+        return None  # the topic was deleted meanwhile
     committed = _committed(connection, topic_id, partition)
     held = min(committed.values(), default=part.end_offset)
     may_go = min(
