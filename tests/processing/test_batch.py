@@ -650,7 +650,7 @@ class TestState:
         def handle(batch: Batch) -> None:
             batch.state.set("k", None)
 
-        with pytest.raises(SystemicFailureError, match="InvalidValueError.*delete"):
+        with pytest.raises(SystemicFailureError, match=r"InvalidValueError.*delete"):
             run_consumer(handle, numbers(1))
 
     def test_undeclared_is_refused(self, stream: EventStream) -> None:
@@ -668,7 +668,7 @@ class TestState:
         def handle(batch: Batch) -> None:
             batch.state.set("k", object())
 
-        with pytest.raises(SystemicFailureError, match="InvalidValueError.*'k'"):
+        with pytest.raises(SystemicFailureError, match=r"InvalidValueError.*'k'"):
             run_consumer(handle, numbers(1))
 
     def test_each_batch_holds_one_task(self, stream: EventStream, tmp_path: Any) -> None:
