@@ -131,7 +131,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
             >>> Event(type="t", source="/s", id="1").replace(subject="user/1").subject
             'user/1'
         """
-        return msgspec.structs.replace(self, **attributes)
+        # Not msgspec.structs.replace: before 0.21 it made a copy without validating it.
+        return Event(**{name: getattr(self, name) for name in Event.__struct_fields__} | attributes)
 
     def to_dict(self) -> dict[str, Any]:
         """The structured-mode JSON object: attributes and extensions beside ``data`` or ``data_base64``."""

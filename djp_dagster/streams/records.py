@@ -160,7 +160,8 @@ decode_value = msgspec.msgpack.Decoder().decode
 _decode_record = msgspec.msgpack.Decoder(Record).decode
 _decode_records = msgspec.msgpack.Decoder(list[Record]).decode
 _slice = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
-_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+# TypeError: before 0.22, msgspec says so of a map whose key is a map.
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 """What decoding raises: text that is no UTF-8 and bottomless nesting have errors of their own."""
 
 
