@@ -24,7 +24,6 @@ SPECVERSION = "1.0"
 _ATTRIBUTES = ("id", "source", "type", "time", "subject", "datacontenttype", "dataschema")
 _RESERVED = frozenset((*_ATTRIBUTES, "specversion", "data", "data_base64"))
 _EXTENSION_NAME = re.compile(r"[a-z0-9]{1,20}")
-_JSON_MEDIA_TYPE = re.compile(r"(application|text)/([A-Za-z0-9.\-]+\+)?json\s*(;.*)?", re.IGNORECASE)
 
 _MINUTE = timedelta(minutes=1)
 
@@ -253,13 +252,3 @@ def _data_from(document: Mapping[str, Any]) -> Any:
         return base64.b64decode(encoded, validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
         raise _invalid("data_base64", encoded, "must be base64") from error
-
-
-def is_json_media_type(datacontenttype: str | None) -> bool:
-    """Whether ``data`` of that media type is JSON; nothing stated means JSON."""
-    return datacontenttype is None or bool(_JSON_MEDIA_TYPE.fullmatch(datacontenttype))
-
-
-def utc_now() -> datetime:
-    """Now, in UTC."""
-    return datetime.now(timezone.utc)

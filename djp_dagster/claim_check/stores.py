@@ -20,13 +20,6 @@ _KEY = re.compile(r"(?!\.)[A-Za-z0-9_.\-=]+(/(?!\.)[A-Za-z0-9_.\-=]+)*")
 _CHUNK_BYTES = 1 << 20
 
 
-class PayloadWriter(Protocol):
-    """Takes bytes; like a file opened for writing."""
-
-    def write(self, data: bytes, /) -> int:
-        """Take in ``data``."""
-
-
 class PayloadStore(Protocol):
     """Immutable payloads under keys."""
 

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -169,6 +168,3 @@ def orders_of(number: int, seed: int) -> list[djp.Event]:
         )
         for index in range(chance.randint(1, 9))
     ]
-
-
-Role = Callable[..., None]

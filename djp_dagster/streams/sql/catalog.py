@@ -141,7 +141,6 @@ class TopicCatalog:
                 "partition": partition,
                 "begin_offset": 0,
                 "end_offset": 0,
-                "begin_bytes": 0,
                 "end_bytes": 0,
                 "last_append_micros": now,
             }

@@ -136,14 +136,7 @@ class SqlGroups:
         with self.database.write() as connection:
             now = self.database.now_micros(connection)
             # Locks in the order of the protocol; whoever comes second finds the group made.
-            topic_ids = sorted(self.log.catalog.ids_of(spec.topics))
-            query = (
-                sa.select(_parts)
-                .where(_parts.c.topic_id.in_(topic_ids))
-                .order_by(_parts.c.topic_id, _parts.c.partition)
-                .with_for_update()
-            )
-            parts = connection.execute(query).all()
+            parts = self._lock_inputs(connection, spec.topics)
             if len(parts) != sum(self.log.topic(topic).partitions for topic in spec.topics):
                 for topic in spec.topics:
                     self.log.catalog.forget(topic)
@@ -221,6 +214,16 @@ class SqlGroups:
         self._ids.pop(name, None)
         self.log.catalog.forget(changelog_of(name))
 
+    def _lock_inputs(self, connection: Connection, topics: Sequence[str]) -> Sequence[sa.Row[Any]]:
+        """The partitions of the topics, locked in the order that everybody locks them in."""
+        query = (
+            sa.select(_parts)
+            .where(_parts.c.topic_id.in_(sorted(self.log.catalog.ids_of(topics))))
+            .order_by(_parts.c.topic_id, _parts.c.partition)
+            .with_for_update()
+        )
+        return connection.execute(query).all()
+
     def _holder_of(self, connection: Connection, name: str, group_id: int) -> LeaseBusyError | None:
         """Who holds a task of the group, to be raised after the transaction; locks the tasks."""
         now = self.database.now_micros(connection)
@@ -290,14 +293,7 @@ class SqlGroups:
     def _move(
         self, connection: Connection, info: GroupInfo, group_id: int, to: Start | Mapping[TopicPartition, int]
     ) -> dict[TopicPartition, int]:
-        topic_ids = sorted(self.log.catalog.ids_of(info.topics))
-        query = (
-            sa.select(_parts)
-            .where(_parts.c.topic_id.in_(topic_ids))
-            .order_by(_parts.c.topic_id, _parts.c.partition)
-            .with_for_update()
-        )
-        moved = self._targets(connection, connection.execute(query).all(), to)
+        moved = self._targets(connection, self._lock_inputs(connection, info.topics), to)
         statement = (
             sa.update(_positions)
             .where(_positions.c.group_id == _g, _positions.c.topic_id == sa.bindparam("t"))

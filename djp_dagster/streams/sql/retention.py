@@ -89,7 +89,7 @@ def _trim_step(
     goal = max(may_go, _boundary(connection, topic_id, partition, now, info.retention.cap_s))
     in_partition = (_rows.c.topic_id == topic_id, _rows.c.partition == partition)
     query = (
-        sa.select(_rows.c.base_offset, _rows.c["count"], _rows.c.base_bytes, _rows.c.bytes)
+        sa.select(_rows.c.base_offset, _rows.c["count"])
         .where(*in_partition, _rows.c.base_offset < goal)
         .order_by(_rows.c.base_offset)
         .limit(_STEP_ROWS)
@@ -97,9 +97,9 @@ def _trim_step(
     found = connection.execute(query).all()
     if not found:
         return None
-    base, count, base_bytes, size = found[-1]
+    base, count = found[-1]
     connection.execute(sa.delete(_rows).where(*in_partition, _rows.c.base_offset <= base))
-    connection.execute(sa.update(_parts).where(*here).values(begin_offset=base + count, begin_bytes=base_bytes + size))
+    connection.execute(sa.update(_parts).where(*here).values(begin_offset=base + count))
     return part.begin_offset, base + count, {name for name, offset in committed.items() if offset < base + count}
 
 

@@ -51,7 +51,6 @@ partitions = Table(
     Column("partition", Integer, primary_key=True),
     Column("begin_offset", BigInteger, nullable=False),
     Column("end_offset", BigInteger, nullable=False),
-    Column("begin_bytes", BigInteger, nullable=False),
     Column("end_bytes", BigInteger, nullable=False),
     Column("last_append_micros", BigInteger, nullable=False),
     sqlite_with_rowid=False,
