@@ -1,22 +1,16 @@
 """Dagster resources over the core's stream. Each is a thin, configurable shell: the core does the work."""
 
-import os
+import logging
 from pathlib import Path
-from tempfile import gettempdir
 
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from djp_dagster.claim_check.stores import LocalPayloadStore
+from djp_dagster.streams.location import default_folder, default_url
 from djp_dagster.streams.stream import EventStream, open_stream
 
-
-def default_folder() -> Path:
-    """Where the stream lies unless told: ``djp/`` under DAGSTER_HOME; ``./.djp`` without a lasting one."""
-    home = os.environ.get("DAGSTER_HOME")
-    if home and not Path(home).resolve().is_relative_to(Path(gettempdir()).resolve() / "dagster"):
-        return Path(home) / "djp"
-    return Path(".djp")
+_log = logging.getLogger(__name__)
 
 
 class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -31,7 +25,8 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     url: str | None = Field(
         default=None,
-        description="sqlite:///path or postgresql+psycopg://user@host/database; a file under DAGSTER_HOME.",
+        description="sqlite:///path or postgresql+psycopg://user@host/database; else $DJP_STREAM_URL, else a file under "
+        "DAGSTER_HOME.",
     )
     payload_folder: str | None = Field(
         default=None, description="Where batch outputs lie; beside the stream's file unless given."
@@ -50,15 +45,21 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
             StreamNotWritableError, StreamFormatError, StreamUnavailableError: naming the place.
         """
         if self._stream is None:
-            url = self.url
-            if url is None:
-                folder = default_folder()
-                folder.mkdir(parents=True, exist_ok=True)
-                url = f"sqlite:///{folder / 'stream.db'}"
             payloads = None if self.payload_folder is None else LocalPayloadStore(self.payload_folder)
-            self._stream = open_stream(url, payloads=payloads)
+            self._stream = open_stream(self.url or _told_default(), payloads=payloads)
         return self._stream
 
     def state_path(self) -> Path:
         """The folder of local state."""
         return Path(self.state_folder) if self.state_folder is not None else default_folder() / "state"
+
+
+def _told_default() -> str:
+    url = default_url()
+    if "://" in url and not url.startswith("sqlite"):
+        return url
+    folder = default_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_absolute():
+        _log.warning("DAGSTER_HOME names no lasting folder: the stream lies in %s", folder.resolve())
+    return url

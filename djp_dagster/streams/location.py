@@ -1,0 +1,26 @@
+"""Where the stream lies unless told."""
+
+import os
+from pathlib import Path
+from tempfile import gettempdir
+
+URL_VARIABLE = "DJP_STREAM_URL"
+_TEMPORARY_HOME = ".tmp_dagster_home_"
+
+
+def default_folder() -> Path:
+    """``djp/`` under DAGSTER_HOME; ``./.djp`` without one, or with one that Dagster removes when it ends."""
+    home = os.environ.get("DAGSTER_HOME")
+    if home and not _is_temporary(Path(home).resolve()):
+        return Path(home) / "djp"
+    return Path(".djp")
+
+
+def default_url() -> str:
+    """``$DJP_STREAM_URL``, else a SQLite file in `default_folder`."""
+    return os.environ.get(URL_VARIABLE) or f"sqlite:///{default_folder() / 'stream.db'}"
+
+
+def _is_temporary(home: Path) -> bool:
+    made_for_one_process = any(part.startswith(_TEMPORARY_HOME) for part in home.parts)
+    return made_for_one_process or home.is_relative_to(Path(gettempdir()).resolve() / "dagster")
