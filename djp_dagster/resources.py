@@ -25,8 +25,8 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     url: str | None = Field(
         default=None,
-        description="sqlite:///path or postgresql+psycopg://user@host/database; else $DJP_STREAM_URL, else a file under "
-        "DAGSTER_HOME.",
+        description="sqlite:///path or postgresql+psycopg://user@host/database; else $DJP_STREAM_URL, else a file "
+        "under DAGSTER_HOME.",
     )
     payload_folder: str | None = Field(
         default=None, description="Where batch outputs lie; beside the stream's file unless given."

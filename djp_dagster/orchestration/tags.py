@@ -1,4 +1,4 @@
-"""The run tags by which sensors find their runs again, and the asset keys. All of them are hints: wiping them loses nothing."""
+"""Run tags by which sensors find their runs again, and asset keys. All are hints: wiping them loses nothing."""
 
 import dagster as dg
 
