@@ -13,7 +13,14 @@ from djp_dagster.processing.failures import blocked, describe
 from djp_dagster.processing.tables import RowCollector
 from djp_dagster.streams.contracts import EventLog
 from djp_dagster.streams.model import Deadline, Intent, Poison, Range, TopicInfo
-from djp_dagster.streams.records import Record, Undecodable, decode_records, to_micros
+from djp_dagster.streams.records import (
+    Record,
+    StoredBatch,
+    TopicPartition,
+    Undecodable,
+    decode_records,
+    to_micros,
+)
 from djp_dagster.streams.topics import Topic, key_of
 
 if TYPE_CHECKING:
@@ -28,8 +35,22 @@ handler_log = logging.getLogger("djp_dagster.handler")
 RecordSource = Callable[[], Iterator[tuple[list[Record], list[Undecodable]]]]
 
 
+class ByteCount:
+    """Encoded bytes read from the log, however often they are read again; a stored record batch counts by its share."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._read_to: dict[TopicPartition, int] = {}
+
+    def add(self, stored: StoredBatch, at: TopicPartition, start: int, end: int) -> None:
+        """Count the records from ``start`` to ``end`` of a stored record batch."""
+        if end > self._read_to.get(at, -1):
+            self._read_to[at] = end
+            self.total += len(stored.blob) * (end - start) // stored.count
+
+
 def read_ranges(
-    log: EventLog, ranges: Sequence[Range], skip: frozenset[Position], scope: str
+    log: EventLog, ranges: Sequence[Range], skip: frozenset[Position], scope: str, count: ByteCount
 ) -> Iterator[tuple[list[Record], list[Undecodable]]]:
     """The records of the ranges, one stored record batch at a time, without those in ``skip``."""
     for part in ranges:
@@ -37,6 +58,7 @@ def read_ranges(
         while offset < part.end:
             for stored in log.read(part.at, offset, end=part.end, max_bytes=_READ_BYTES):
                 records, bad = decode_records(stored, offset, part.end, scope=scope)
+                count.add(stored, part.at, offset, min(stored.end_offset, part.end))
                 offset = stored.end_offset
                 if skip:
                     records = [record for record in records if record.position not in skip]

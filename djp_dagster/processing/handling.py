@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from djp_dagster.errors import StateMismatchError, TransientError
-from djp_dagster.processing.batch import Batch, read_ranges
+from djp_dagster.processing.batch import Batch, ByteCount, read_ranges
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, EmitScope, Position
@@ -23,6 +23,7 @@ class Attempt(msgspec.Struct):
     Attributes:
         value: what the handler returned.
         letters: the dead letters it was given, in a redrive.
+        bytes: encoded size of what it read.
     """
 
     effects: Effects
@@ -30,6 +31,7 @@ class Attempt(msgspec.Struct):
     changes: list[Change]
     value: Any
     letters: Sequence[DeadLetter]
+    bytes: int
 
 
 class Handling:
@@ -63,10 +65,12 @@ class Handling:
         state = TaskState(self._stores.caught_up(intent.tasks[0])) if consumer.stateful else None
         redrive = intent.kind == "redrive"
         letters = self._letters_of(intent) if redrive else ()
-        log = self._stream.log
+        log, count = self._stream.log, ByteCount()
         batch = Batch(
             intent,
-            source=lambda: self._read_letters(letters) if redrive else read_ranges(log, ranges, skip, self._scope),
+            source=lambda: (
+                self._read_letters(letters) if redrive else read_ranges(log, ranges, skip, self._scope, count)
+            ),
             size=len(letters) if redrive else sum(part.end - part.start for part in ranges) - len(skip),
             effects=effects,
             topics=self._input_topics,
@@ -88,7 +92,8 @@ class Handling:
             if consumer.retry.judge(error) in ("outage", "fatal"):
                 raise
             raise HandlerError(error) from error
-        return Attempt(effects, emits, changes, value, letters)
+        size = sum(len(letter.raw) for letter in letters) + count.total
+        return Attempt(effects, emits, changes, value, letters, size)
 
     def _call(self, batch: Batch, effects: Effects, state: TaskState | None) -> Any:
         consumer = self._consumer

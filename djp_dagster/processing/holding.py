@@ -19,6 +19,7 @@ from djp_dagster.streams.stream import EventStream
 _log = logging.getLogger(__name__)
 _MAX_DEADLINES = 10_000
 OnReport = Callable[[BatchReport], None]
+OnBegin = Callable[[Intent], None]
 Positions = dict[TopicPartition, int]
 
 
@@ -29,11 +30,17 @@ class Holding:
     """
 
     def __init__(
-        self, stream: EventStream, consumer: Consumer, processor: Processor, lease: Lease, on_report: OnReport
+        self,
+        stream: EventStream,
+        consumer: Consumer,
+        processor: Processor,
+        lease: Lease,
+        on_report: OnReport,
+        on_begin: OnBegin,
     ) -> None:
         self._stream, self._consumer, self._processor = stream, consumer, processor
         self._coordinator, self._log = stream.coordinator, stream.log
-        self._on_report = on_report
+        self._on_report, self._on_begin = on_report, on_begin
         self.lease = lease
         self._positions: Positions = {}
         self._next_due: int | None = None
@@ -109,6 +116,7 @@ class Holding:
         )
 
     def _do(self, intent: Intent, *, resumed: bool) -> BatchReport | None:
+        self._on_begin(intent)
         try:
             report = self._processor.process(self.lease, intent, resumed=resumed)
         except RedriveFailedError as error:

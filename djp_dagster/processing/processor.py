@@ -192,6 +192,7 @@ class Processor:
             attempt=intent.attempt,
             ranges=intent.ranges,
             events=searchable(intent),
+            bytes=attempt.bytes,
             emitted=attempt.effects.emitted,
             dead_letters=len(commit.dead_letters) + len(commit.redrive_failed),
             state_changes=len(attempt.changes),

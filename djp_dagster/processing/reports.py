@@ -9,6 +9,7 @@ class BatchReport(msgspec.Struct, frozen=True):
     """What a committed batch did, for logs, metadata and metrics.
 
     Attributes:
+        bytes: encoded size of the records the handler read.
         seconds: from the start of its last attempt to its commit.
         handler_seconds, commit_seconds: the parts of that.
     """
@@ -20,6 +21,7 @@ class BatchReport(msgspec.Struct, frozen=True):
     attempt: int
     ranges: tuple[Range, ...]
     events: int
+    bytes: int
     emitted: int
     dead_letters: int
     state_changes: int

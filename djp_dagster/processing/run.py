@@ -13,12 +13,12 @@ import msgspec
 from djp_dagster.errors import LeaseBusyError, TransientError
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
-from djp_dagster.processing.holding import Holding, OnReport, task_sets
+from djp_dagster.processing.holding import Holding, OnBegin, OnReport, task_sets
 from djp_dagster.processing.leases import DEFAULT_LEASE_S, LeaseKeeper, new_owner
 from djp_dagster.processing.processor import Processor
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.streams.model import Lease
+from djp_dagster.streams.model import Intent, Lease
 from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
@@ -54,6 +54,7 @@ def run_pending(
     lease: Duration = DEFAULT_LEASE_S,
     stop: threading.Event | None = None,
     on_report: OnReport | None = None,
+    on_begin: OnBegin | None = None,
     owner: str | None = None,
     only_requests: bool = False,
 ) -> RunReport:
@@ -71,6 +72,7 @@ def run_pending(
         lease: how long a lease lives without a heartbeat.
         stop: set it to end after the batch under way.
         on_report: called after each commit.
+        on_begin: called with each batch before it is read.
         owner: a name for the holder, for whoever looks.
         only_requests: do what was asked for (redrives, cuts) and finish open batches, but cut nothing new.
 
@@ -98,7 +100,7 @@ def run_pending(
         if isinstance(held, str):
             return RunReport((), waited_for=held)
         reach("1.leased")
-        holding = Holding(stream, consumer, processor, held, keep)
+        holding = Holding(stream, consumer, processor, held, keep, on_begin or _ignore)
         holding.finish_open()
         holding.do_requests()
         if only_requests:
@@ -110,6 +112,10 @@ def run_pending(
                     break
     tidy(stream)
     return RunReport(tuple(reports))
+
+
+def _ignore(intent: Intent) -> None:
+    """Nobody wants to know."""
 
 
 def tidy(stream: EventStream) -> None:

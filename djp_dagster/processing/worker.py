@@ -1,7 +1,9 @@
 """`Worker`: worker mode. A resident loop over consumers; batches of one task, as soon as there is something.
 
 Workers of a group share its tasks evenly: each states every third of a lease that it is there, counts how many are, and
-gives away what exceeds its share at the next batch boundary. A worker that dies is missed after one lease.
+gives away what exceeds its share at the next batch boundary. A worker that dies is missed after one lease. A worker
+that replaces another, because its code is newer or the other has run for long enough, asks it to leave once it is ready
+itself; the other finishes the batch under way and gives everything back.
 """
 
 import logging
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from djp_dagster.errors import DjpError, FencedError, LeaseBusyError, RetriesExhaustedError, TransientError
 from djp_dagster.processing.consumer import Consumer
@@ -21,6 +23,7 @@ from djp_dagster.processing.processor import Processor
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.run import tidy
 from djp_dagster.streams.contracts import Watcher
+from djp_dagster.streams.model import Intent, Lease
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
@@ -44,6 +47,14 @@ class _Member:
         self.failures = 0
 
 
+class Busy(NamedTuple):
+    """What a worker is doing now."""
+
+    group: str
+    batch_id: str
+    since: float
+
+
 class Worker:
     """Runs consumers until told to stop.
 
@@ -59,6 +70,11 @@ class Worker:
         on_report: called after each commit.
         on_failure: called when a consumer pauses; without it the error ends the worker.
         owner: a name, for whoever looks.
+        replaces: beginnings of the names of workers that are asked to leave once this one is ready.
+
+    Attributes:
+        busy: the batch under way and since when, by ``time.monotonic``; None between batches.
+        replaced: another worker has asked this one to leave.
     """
 
     def __init__(
@@ -72,7 +88,11 @@ class Worker:
         on_report: OnReport | None = None,
         on_failure: OnFailure | None = None,
         owner: str | None = None,
+        replaces: Sequence[str] = (),
     ) -> None:
+        self._replaces = tuple(replaces)
+        self.busy: Busy | None = None
+        self.replaced = False
         self._stream, self._consumers = stream, tuple(consumers)
         self._resources, self._state_folder = resources, state_folder
         self._lease_s = parse_seconds(lease, name="lease")
@@ -80,7 +100,7 @@ class Worker:
         self.owner = new_owner(owner)
 
     def run(self, stop: threading.Event) -> None:
-        """Work until ``stop`` is set; then finish the batch under way, give everything back, and return.
+        """Work until ``stop`` is set or another worker takes over; finish the batch under way, give everything back.
 
         Raises:
             DjpError: what made a consumer pause, unless ``on_failure`` was given.
@@ -116,12 +136,13 @@ class Worker:
         share_at = requests_at = 0.0
         tidy_at = time.monotonic() + _TIDY_EVERY_S
         eager_until = 0.0
-        while not stop.is_set():
+        while not stop.is_set() and not self.replaced:
             now = time.monotonic()
             try:
                 if now >= share_at:
                     self._share(members, keeper)
                     share_at = now + self._lease_s / 3
+                    continue
                 ask = now >= requests_at
                 requests_at = now + _REQUESTS_EVERY_S if ask else requests_at
                 worked = [self._serve(member, keeper, now, ask) for member in members]
@@ -152,11 +173,15 @@ class Worker:
         """Take free tasks up to an even share; give away what exceeds it."""
         coordinator = self._stream.coordinator
         for member in members:
-            if time.monotonic() < member.paused_until:
+            group, paused = member.consumer.group, time.monotonic() < member.paused_until
+            joined = coordinator.join(group, self.owner, self._lease_s, paused=paused)
+            if joined.asked_to_leave:
+                self.replaced = True
+                return
+            if paused:
                 continue
-            group = member.consumer.group
-            workers = coordinator.join(group, self.owner, self._lease_s)
-            share = -(-member.tasks // max(workers, 1))
+            self._replaces = tuple(name for name in self._replaces if self._ask_to_leave(name))
+            share = -(-member.tasks // max(joined.members, 1))
             while sum(map(len, member.held)) > share and len(member.held) > 1:
                 self._give_back(member, keeper, max(member.held))
             mine = {task for tasks in member.held for task in tasks}
@@ -166,6 +191,11 @@ class Worker:
                 if info.task not in mine and (info.worth_asking or info.owner == self.owner):
                     self._take(member, keeper, info.task)
 
+    def _ask_to_leave(self, name: str) -> bool:
+        """Whether any such worker is still there, in any group."""
+        asked = [self._stream.coordinator.ask_to_leave(consumer.group, name) for consumer in self._consumers]
+        return any(asked)
+
     def _take(self, member: _Member, keeper: LeaseKeeper, task: int) -> None:
         if any(task in tasks for tasks in member.held):
             return
@@ -174,8 +204,11 @@ class Worker:
         except LeaseBusyError:
             return
         reach("1.leased")
-        holding = Holding(self._stream, member.consumer, member.processor, lease, self._report)
+        holding = self._holding(member, lease)
         member.held[tuple(sorted(lease.epochs))] = holding
+
+    def _holding(self, member: _Member, lease: Lease) -> Holding:
+        return Holding(self._stream, member.consumer, member.processor, lease, self._report, self._begin)
 
     def _give_back(self, member: _Member, keeper: LeaseKeeper, tasks: tuple[int, ...]) -> None:
         holding = member.held.pop(tasks)
@@ -187,6 +220,9 @@ class Worker:
         holding = member.held.pop(tasks)
         member.processor.drop_state(tasks)
         keeper.forget(holding.lease)
+
+    def _begin(self, intent: Intent) -> None:
+        self.busy = Busy(intent.group, intent.batch_id, time.monotonic())
 
     def _report(self, report: BatchReport) -> None:
         if self._on_report is not None:
@@ -213,6 +249,8 @@ class Worker:
                     raise
                 self._pause(member, keeper, error)
                 return worked
+            finally:
+                self.busy = None
         return worked
 
     def _serve_tasks(self, member: _Member, keeper: LeaseKeeper, tasks: tuple[int, ...], ask: bool) -> bool:
@@ -223,7 +261,7 @@ class Worker:
             del member.held[tasks]
             for task in tasks:
                 part = holding.lease.part([task])
-                member.held[(task,)] = Holding(self._stream, member.consumer, member.processor, part, self._report)
+                member.held[(task,)] = self._holding(member, part)
             return True
         if ask:
             worked |= bool(holding.do_requests())
@@ -240,7 +278,7 @@ class Worker:
         try:
             for tasks in list(member.held):
                 self._give_back(member, keeper, tasks)
-            self._stream.coordinator.leave(member.consumer.group, self.owner)
+            self._stream.coordinator.join(member.consumer.group, self.owner, self._lease_s, paused=True)
         except TransientError as outage:
             _log.warning("what %s holds of %s runs out by itself: %s", self.owner, member.consumer.group, outage)
         if self._on_failure is None:

@@ -18,9 +18,12 @@ from djp_dagster.streams.model import (
     GroupSpec,
     Intent,
     Lease,
+    MemberInfo,
+    Membership,
     Output,
     PartitionSpan,
     ProducerStamp,
+    ReaderPosition,
     Request,
     Start,
     TaskInfo,
@@ -138,8 +141,17 @@ class Coordinator(Protocol):
     def release(self, lease: Lease) -> None:
         """Give the tasks back; a lost lease is no error."""
 
-    def join(self, group: str, owner: str, ttl_s: float) -> int:
-        """State that ``owner`` wants a share of the group for ``ttl_s`` more seconds; how many live owners do."""
+    def intents(self, group: str) -> list[Intent]:
+        """The open batches of the group."""
+
+    def join(self, group: str, owner: str, ttl_s: float, *, paused: bool = False) -> Membership:
+        """State that ``owner`` is there for ``ttl_s`` more seconds and, unless paused, wants a share of the group."""
+
+    def members(self, group: str) -> list[MemberInfo]:
+        """Who is there to work for the group, by name."""
+
+    def ask_to_leave(self, group: str, name: str) -> int:
+        """Ask the live members whose owner's name begins with ``name`` to leave; how many there are."""
 
     def leave(self, group: str, owner: str) -> None:
         """Take that back."""
@@ -185,6 +197,15 @@ class Coordinator(Protocol):
     def outputs(self, group: str, *, after: int = 0, limit: int = 1000) -> list[Output]:
         """Committed outputs with a sequence above ``after``, in commit order."""
 
+    def last_output(self, group: str) -> Output | None:
+        """The output committed last."""
+
+    def reader(self, group: str, name: str) -> ReaderPosition:
+        """How far the named reader of the group's outputs has come; at the beginning if it was never here."""
+
+    def move_reader(self, group: str, name: str, position: ReaderPosition) -> None:
+        """Set the named reader's position."""
+
     def dead_letters(
         self, group: str | None = None, *, status: str | None = None, after: int = 0, limit: int = 1000
     ) -> list[DeadLetter]:
@@ -192,6 +213,9 @@ class Coordinator(Protocol):
 
     def dead_letters_by_id(self, group: str, ids: Sequence[int]) -> list[DeadLetter]:
         """The group's dead letters of these numbers, by number."""
+
+    def count_dead_letters(self, group: str, status: str) -> int:
+        """How many dead letters of the group have the status."""
 
     def discard_dead_letters(self, group: str, ids: Sequence[int]) -> int:
         """Mark pending dead letters as discarded; how many were."""

@@ -143,6 +143,28 @@ class TaskInfo(msgspec.Struct, frozen=True):
     last_attempt: int
 
 
+class MemberInfo(msgspec.Struct, frozen=True):
+    """A worker of a group.
+
+    Attributes:
+        live: it has said so less than a lease ago.
+        paused: it waits after a failure, and wants no share meanwhile.
+        asked_to_leave: somebody replaces it.
+    """
+
+    owner: str
+    live: bool
+    paused: bool
+    asked_to_leave: bool
+
+
+class Membership(msgspec.Struct, frozen=True):
+    """What a member learns when it says that it is there: how many want a share; and whether to leave."""
+
+    members: int
+    asked_to_leave: bool
+
+
 class Range(msgspec.Struct, frozen=True, array_like=True):
     """Records ``start <= offset < end`` of one partition."""
 
@@ -299,6 +321,20 @@ class Output(msgspec.Struct, frozen=True):
     attempt: int
     payload: PayloadRef
     committed_micros: int
+
+
+class ReaderPosition(msgspec.Struct, frozen=True):
+    """How far a named reader of a group's outputs has come.
+
+    Attributes:
+        sequence: everything up to this output is done with.
+        proposed: it was given everything up to this output, and nobody has told yet that it succeeded.
+        proposer: who was given that, e.g. a run and its step.
+    """
+
+    sequence: int = 0
+    proposed: int | None = None
+    proposer: str | None = None
 
 
 class Request(msgspec.Struct, frozen=True):

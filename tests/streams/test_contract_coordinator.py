@@ -192,7 +192,7 @@ def test_a_deleted_group_leaves_nothing(timed: EventStream, clock: Clock) -> Non
     fresh = visible(timed, "g")
     assert fresh["outputs"] == fresh["dead letters"] == fresh["deadlines"] == fresh["requests"] == []
     assert fresh["last"] == [(None, 0)] * 3
-    assert timed.coordinator.join("g", "b", 60) == 1
+    assert timed.coordinator.join("g", "b", 60).members == 1
     assert timed.coordinator.acquire("g", None, "b", TTL).intents == ()
     assert timed.positions("other") == {at("in", p): 0 for p in range(3)}
 
@@ -208,7 +208,7 @@ def test_a_group_deleted_by_somebody_else_is_not_mistaken_for_an_empty_one(backe
         (lambda g: two.pending(g).events, 12),
         (lambda g: [info.task for info in two.coordinator.tasks(g)], [0, 1, 2]),
         (lambda g: two.coordinator.seek(g, "earliest"), beginning),
-        (lambda g: two.coordinator.join(g, "a", TTL), 1),
+        (lambda g: two.coordinator.join(g, "a", TTL).members, 1),
         (lambda g: two.coordinator.request(g, "cut", {}) and len(one.coordinator.requests(g)), 1),
         (two.coordinator.delete_group, None),
     ]
@@ -406,18 +406,18 @@ def test_owners_that_want_a_share_are_counted(timed: EventStream, clock: Clock) 
     make_group(timed)
     make_group(timed, "other")
     coordinator = timed.coordinator
-    assert coordinator.join("g", "a", TTL) == 1
-    assert coordinator.join("g", "a", TTL) == 1
-    assert coordinator.join("g", "b", 2 * TTL) == 2
-    assert coordinator.join("other", "c", TTL) == 1
+    assert coordinator.join("g", "a", TTL).members == 1
+    assert coordinator.join("g", "a", TTL).members == 1
+    assert coordinator.join("g", "b", 2 * TTL).members == 2
+    assert coordinator.join("other", "c", TTL).members == 1
     clock.advance(TTL)
-    assert coordinator.join("g", "c", TTL) == 2  # a is gone
+    assert coordinator.join("g", "c", TTL).members == 2  # a is gone
     coordinator.leave("g", "b")
     coordinator.leave("g", "never there")
-    assert coordinator.join("g", "c", TTL) == 1
-    assert coordinator.join("g", "d", TTL) == 2
+    assert coordinator.join("g", "c", TTL).members == 1
+    assert coordinator.join("g", "d", TTL).members == 2
     clock.advance(-3600)
-    assert coordinator.join("g", "c", TTL) == 1  # what d wrote lies an hour ahead
+    assert coordinator.join("g", "c", TTL).members == 1  # what d wrote lies an hour ahead
 
 
 # Intents

@@ -7,13 +7,14 @@ import msgspec
 import sqlalchemy as sa
 
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.streams.model import DeadLetter, Lease, Output, PayloadRef, Request
+from djp_dagster.streams.model import DeadLetter, Lease, Output, PayloadRef, ReaderPosition, Request
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.commit import SqlCommits
 from djp_dagster.streams.sql.database import new_id
 from djp_dagster.streams.sql.groups import encode_json
+from djp_dagster.streams.topics import check_name
 
-_letters, _outputs, _requests = schema.dead_letters, schema.outputs, schema.requests
+_letters, _outputs, _requests, _readers = schema.dead_letters, schema.outputs, schema.requests, schema.readers
 _decode_payload = msgspec.json.Decoder(PayloadRef).decode
 _STATUSES = ("pending", "redriven", "discarded")
 
@@ -30,12 +31,30 @@ class SqlCoordinator(SqlCommits):
             .limit(limit)
         )
         with self.database.read() as connection:
-            return [
-                Output(
-                    row.sequence, group, row.batch_id, row.attempt, _decode_payload(row.payload), row.committed_micros
-                )
-                for row in connection.execute(query)
-            ]
+            return [_output(row, group) for row in connection.execute(query)]
+
+    def last_output(self, group: str) -> Output | None:
+        """See `Coordinator.last_output`."""
+        query = sa.select(_outputs).where(_outputs.c.group_id == self.id_of(group))
+        with self.database.read() as connection:
+            row = connection.execute(query.order_by(_outputs.c.sequence.desc()).limit(1)).one_or_none()
+        return None if row is None else _output(row, group)
+
+    def reader(self, group: str, name: str) -> ReaderPosition:
+        """See `Coordinator.reader`."""
+        query = sa.select(_readers).where(_readers.c.group_id == self.id_of(group), _readers.c.reader == name)
+        with self.database.read() as connection:
+            row = connection.execute(query).one_or_none()
+        return ReaderPosition() if row is None else ReaderPosition(row.sequence, row.proposed, row.proposer)
+
+    def move_reader(self, group: str, name: str, position: ReaderPosition) -> None:
+        """See `Coordinator.move_reader`."""
+        check_name("reader", name)
+        with self.database.write() as connection:
+            group_id = self._id_in(connection, group)
+            connection.execute(sa.delete(_readers).where(_readers.c.group_id == group_id, _readers.c.reader == name))
+            values = {"group_id": group_id, "reader": name, **msgspec.structs.asdict(position)}
+            connection.execute(sa.insert(_readers).values(values))
 
     def dead_letters(
         self, group: str | None = None, *, status: str | None = None, after: int = 0, limit: int = 1000
@@ -56,6 +75,16 @@ class SqlCoordinator(SqlCommits):
         query = _letters_query().where(_letters.c.group_id == self.id_of(group), _letters.c.id.in_(list(ids)))
         with self.database.read() as connection:
             return [_letter(row) for row in connection.execute(query.order_by(_letters.c.id))]
+
+    def count_dead_letters(self, group: str, status: str) -> int:
+        """See `Coordinator.count_dead_letters`."""
+        query = (
+            sa.select(sa.func.count())
+            .select_from(_letters)
+            .where(_letters.c.group_id == self.id_of(group), _letters.c.status == status)
+        )
+        with self.database.read() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def discard_dead_letters(self, group: str, ids: Sequence[int]) -> int:
         """See `Coordinator.discard_dead_letters`."""
@@ -119,6 +148,11 @@ class SqlCoordinator(SqlCommits):
 def _letters_query() -> sa.Select[Any]:
     groups = schema.groups
     return sa.select(_letters, groups.c.name.label("group_name")).join(groups, groups.c.group_id == _letters.c.group_id)
+
+
+def _output(row: Any, group: str) -> Output:
+    payload = _decode_payload(row.payload)
+    return Output(row.sequence, group, row.batch_id, row.attempt, payload, row.committed_micros)
 
 
 def _letter(row: Any) -> DeadLetter:

@@ -203,6 +203,7 @@ class SqlGroups:
                     schema.deadlines,
                     schema.dead_letters,
                     schema.outputs,
+                    schema.readers,
                     schema.requests,
                     _groups,
                 ):

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from djp_dagster.errors import FencedError, InvalidSettingError, LeaseBusyError
-from djp_dagster.streams.model import Intent, Lease, TaskInfo
+from djp_dagster.streams.model import Intent, Lease, MemberInfo, Membership, TaskInfo
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.groups import SqlGroups, busy_error, decode_intent, is_held, open_intents, task_rows
 from djp_dagster.streams.sql.prepared import Prepared
@@ -36,7 +36,11 @@ _prolong = Prepared(
 _renew_member = Prepared(
     sa.update(_members)
     .where(_members.c.group_id == _g, _members.c.owner == sa.bindparam("of_owner"))
-    .values(ttl_micros=sa.bindparam("ttl"), expires_micros=sa.bindparam("until"))
+    .values(
+        ttl_micros=sa.bindparam("ttl"),
+        expires_micros=sa.bindparam("until"),
+        paused=sa.bindparam("to_paused", type_=sa.Boolean()),
+    )
 )
 _now: sa.BindParameter[int] = sa.bindparam("now", type_=sa.BigInteger())
 # Beyond its own time to live: written before the clock went back.
@@ -46,7 +50,9 @@ _drop_members = Prepared(
         sa.or_(_members.c.expires_micros <= _now, _members.c.expires_micros > _now + _members.c.ttl_micros),
     )
 )
-_count_members = Prepared(sa.select(sa.func.count()).select_from(_members).where(_members.c.group_id == _g))
+_all_members = Prepared(
+    sa.select(_members.c.owner, _members.c.asked_to_leave, _members.c.paused).where(_members.c.group_id == _g)
+)
 
 
 class SqlLeases(SqlGroups):
@@ -164,16 +170,56 @@ class SqlLeases(SqlGroups):
                 connection.execute(statement, parameters)
                 self.database.notify(connection)
 
-    def join(self, group: str, owner: str, ttl_s: float) -> int:
+    def intents(self, group: str) -> list[Intent]:
+        """See `Coordinator.intents`."""
+        with self.database.read() as connection:
+            bodies = connection.execute(open_intents, {"g": self._id_in(connection, group)}).scalars().all()
+        return [decode_intent(body) for body in bodies]
+
+    def join(self, group: str, owner: str, ttl_s: float, *, paused: bool = False) -> Membership:
         """See `Coordinator.join`."""
         with self.database.write() as connection:
             now, ttl = self.database.now_micros(connection), round(ttl_s * 1e6)
             member = {"g": self._id_in(connection, group), "of_owner": owner, "now": now, "ttl": ttl}
+            member["to_paused"] = paused
             if _renew_member.run(connection, {**member, "until": now + ttl}) == 0:
-                values = {"group_id": member["g"], "owner": owner, "ttl_micros": ttl, "expires_micros": now + ttl}
+                values: dict[str, object] = {
+                    "group_id": member["g"],
+                    "owner": owner,
+                    "ttl_micros": ttl,
+                    "expires_micros": now + ttl,
+                }
+                values |= {"paused": paused, "asked_to_leave": False}
                 connection.execute(sa.insert(_members).values(values))
             _drop_members.run(connection, member)
-            return int(_count_members.first(connection, member)[0])
+            found = _all_members.rows(connection, member)
+        wanting = sum(not asked and not waits for _, asked, waits in found)
+        return Membership(wanting, any(asked for name, asked, _ in found if name == owner))
+
+    def members(self, group: str) -> list[MemberInfo]:
+        """See `Coordinator.members`."""
+        query = sa.select(_members).where(_members.c.group_id == _g).order_by(_members.c.owner)
+        with self.database.read() as connection:
+            found = connection.execute(query, {"g": self._id_in(connection, group)}).all()
+            now = self.database.now_micros(connection)
+        return [
+            MemberInfo(
+                row.owner,
+                live=now < row.expires_micros <= now + row.ttl_micros,
+                paused=bool(row.paused),
+                asked_to_leave=bool(row.asked_to_leave),
+            )
+            for row in found
+        ]
+
+    def ask_to_leave(self, group: str, name: str) -> int:
+        """See `Coordinator.ask_to_leave`."""
+        owners = [member.owner for member in self.members(group) if member.live and member.owner.startswith(name)]
+        if owners:
+            with self.database.write() as connection:
+                asked = sa.update(_members).where(_members.c.group_id == _g, _members.c.owner.in_(owners))
+                connection.execute(asked.values(asked_to_leave=True), {"g": self._id_in(connection, group)})
+        return len(owners)
 
     def leave(self, group: str, owner: str) -> None:
         """See `Coordinator.leave`."""

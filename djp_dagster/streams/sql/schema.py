@@ -146,6 +146,8 @@ members = Table(
     Column("owner", String(200), primary_key=True),
     Column("ttl_micros", BigInteger, nullable=False),
     Column("expires_micros", BigInteger, nullable=False),
+    Column("paused", Boolean, nullable=False),
+    Column("asked_to_leave", Boolean, nullable=False),
     sqlite_with_rowid=False,
 )
 
@@ -203,6 +205,17 @@ outputs = Table(
     sqlite_autoincrement=True,
 )
 Index("djp_outputs_by_group", outputs.c.group_id, outputs.c.sequence)
+
+readers = Table(
+    "djp_readers",
+    metadata,
+    Column("group_id", BigInteger, primary_key=True),
+    Column("reader", String(200), primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("proposed", BigInteger),
+    Column("proposer", Text),
+    sqlite_with_rowid=False,
+)
 
 requests = Table(
     "djp_requests",
