@@ -13,10 +13,21 @@ if TYPE_CHECKING:
     from djp_dagster.claim_check.stores import LocalPayloadStore, PayloadStore
     from djp_dagster.errors import DjpError, TerminalError, TransientError
     from djp_dagster.events import Event
-    from djp_dagster.patterns.streaming import build_stream_asset, build_stream_sensor
+    from djp_dagster.orchestration.build import build_defs
+    from djp_dagster.orchestration.checks import build_check_sensor, build_stream_checks
+    from djp_dagster.orchestration.operator_jobs import build_publish_job, build_redrive_job, build_seek_job, publish_op
+    from djp_dagster.patterns.batching import build_batch_schedule, build_batch_sensor
+    from djp_dagster.patterns.streaming import (
+        build_stream_asset,
+        build_stream_sensor,
+        build_topic_assets,
+        build_worker_sensor,
+        process_batch_op,
+    )
     from djp_dagster.processing.batch import Batch
     from djp_dagster.processing.consumer import Consumer, consumer
     from djp_dagster.processing.failures import RetryPolicy
+    from djp_dagster.processing.outputs import BatchOutput, BatchOutputs
     from djp_dagster.processing.redrive import redrive, request_redrive
     from djp_dagster.processing.reports import BatchReport
     from djp_dagster.processing.run import RunReport, run_pending
@@ -30,6 +41,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "processing.batch",
+    "BatchOutput": "processing.outputs",
+    "BatchOutputs": "processing.outputs",
     "BatchReport": "processing.reports",
     "Consumer": "processing.consumer",
     "DjpError": "errors",
@@ -48,11 +61,23 @@ _HOMES = {
     "TopicPartition": "streams.records",
     "TransientError": "errors",
     "Worker": "processing.worker",
+    "build_batch_schedule": "patterns.batching",
+    "build_batch_sensor": "patterns.batching",
+    "build_check_sensor": "orchestration.checks",
+    "build_defs": "orchestration.build",
+    "build_publish_job": "orchestration.operator_jobs",
+    "build_redrive_job": "orchestration.operator_jobs",
+    "build_seek_job": "orchestration.operator_jobs",
     "build_stream_asset": "patterns.streaming",
+    "build_stream_checks": "orchestration.checks",
     "build_stream_sensor": "patterns.streaming",
+    "build_topic_assets": "patterns.streaming",
+    "build_worker_sensor": "patterns.streaming",
     "consumer": "processing.consumer",
     "errors": "",
     "open_stream": "streams.stream",
+    "process_batch_op": "patterns.streaming",
+    "publish_op": "orchestration.operator_jobs",
     "redrive": "processing.redrive",
     "request_redrive": "processing.redrive",
     "run_pending": "processing.run",
@@ -61,6 +86,8 @@ _HOMES = {
 
 __all__ = [
     "Batch",
+    "BatchOutput",
+    "BatchOutputs",
     "BatchReport",
     "Consumer",
     "DjpError",
@@ -80,10 +107,22 @@ __all__ = [
     "TransientError",
     "Worker",
     "__version__",
+    "build_batch_schedule",
+    "build_batch_sensor",
+    "build_check_sensor",
+    "build_defs",
+    "build_publish_job",
+    "build_redrive_job",
+    "build_seek_job",
     "build_stream_asset",
+    "build_stream_checks",
     "build_stream_sensor",
+    "build_topic_assets",
+    "build_worker_sensor",
     "consumer",
     "open_stream",
+    "process_batch_op",
+    "publish_op",
     "redrive",
     "request_redrive",
     "run_pending",

@@ -1,10 +1,12 @@
 """Dagster resources over the core's stream. Each is a thin, configurable shell: the core does the work."""
 
 import logging
+import os
+import threading
 from pathlib import Path
 
 import dagster as dg
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from djp_dagster.claim_check.stores import LocalPayloadStore
 from djp_dagster.streams.location import default_folder, default_url
@@ -36,22 +38,31 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
         description="Where stateful consumers keep their local cache; beside the stream's file unless given.",
     )
 
-    _stream: EventStream | None = PrivateAttr(default=None)
-
     def open(self) -> EventStream:
         """The stream, opened once per process.
 
         Raises:
             StreamNotWritableError, StreamFormatError, StreamUnavailableError: naming the place.
         """
-        if self._stream is None:
-            payloads = None if self.payload_folder is None else LocalPayloadStore(self.payload_folder)
-            self._stream = open_stream(self.url or _told_default(), payloads=payloads)
-        return self._stream
+        return _opened(self.url or _told_default(), self.payload_folder)
 
     def state_path(self) -> Path:
         """The folder of local state."""
         return Path(self.state_folder) if self.state_folder is not None else default_folder() / "state"
+
+
+_open_streams: dict[tuple[int, str, str | None], EventStream] = {}
+_opening = threading.Lock()
+
+
+def _opened(url: str, payload_folder: str | None) -> EventStream:
+    """The stream of this process: Dagster makes a new resource for every tick and step, and connections cost."""
+    key = (os.getpid(), url, payload_folder)
+    with _opening:
+        if key not in _open_streams:
+            payloads = None if payload_folder is None else LocalPayloadStore(payload_folder)
+            _open_streams[key] = open_stream(url, payloads=payloads)
+        return _open_streams[key]
 
 
 def _told_default() -> str:

@@ -14,9 +14,7 @@ REASON_TAG = "djp/reason"
 BATCH_TAG = "djp/batch_id"
 """The first batch the run began."""
 WORKER_TAG = "djp/worker"
-"""The name of the worker sensor that asked for the run."""
-SLOT_TAG = "djp/worker_slot"
-"""Which of the worker sensor's runs it is: 0, 1, ..."""
+"""The name of the worker sensor that asked for the run, and which of its runs it is: ``shop:0``, ``shop:1``, ..."""
 CODE_TAG = "djp/code_version"
 """The code version of a worker run's consumers."""
 
@@ -32,6 +30,11 @@ def owner_of(run_id: str) -> str:
 def run_id_of(owner: str) -> str | None:
     """The run that holds a lease under this name; None if it is no run."""
     return owner[4:40] if owner.startswith("run-") and len(owner) >= 40 else None
+
+
+def identifier(name: str) -> str:
+    """A group's or worker's name as Dagster wants names of ops, jobs and sensors."""
+    return dg.AssetKey(name).to_python_identifier()
 
 
 def topic_key(topic: Topic | str) -> dg.AssetKey:

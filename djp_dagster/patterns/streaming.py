@@ -1,116 +1,96 @@
-"""Streaming: a consumer as an asset, and a sensor that runs it as soon as something is pending.
+"""Streaming: react to events, within seconds by a run per micro-batch, or within milliseconds by a resident worker.
 
-A tick looks at committed offsets, epochs, deadlines, requests and runs in flight, and writes nothing. Its run request
-carries a hint, never ranges: the run leases, recovers or cuts by itself. So no cursor, run key or tag matters for
-correctness; wiping them all loses nothing.
+A consumer says what to do with a batch. Here is who does it, and when:
+
+==========================  ==============================================================  ======================
+`build_stream_asset`        *Materialize* does what is pending                              when somebody asks
+`build_stream_sensor`       a run per micro-batch, one at a time                            5 to 10 s
+`build_worker_sensor`       runs that stay and loop over one or several consumers           milliseconds
+==========================  ==============================================================  ======================
+
+They may meet: the consumer group's lease lets one of them work on a task at a time, and the others wait or go away. A
+tick writes nothing to the stream, and its run request is a hint; wiping cursors, run keys, tags and runs loses nothing.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from djp_dagster.errors import UnknownGroupError, UnknownTopicError
+from djp_dagster.errors import InvalidSettingError
+from djp_dagster.orchestration.assets import consumer_asset, topic_assets
+from djp_dagster.orchestration.sensors import run_sensor
+from djp_dagster.orchestration.step import ProcessConfig, processed, stream_of
+from djp_dagster.orchestration.supervision import Crew, crew_code_version, supervise
+from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, identifier
+from djp_dagster.orchestration.worker_run import WorkerConfig, work
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.processing.reports import BatchReport
-from djp_dagster.processing.run import RunReport, run_pending
-from djp_dagster.resources import SqlEventStream
-from djp_dagster.streams.stream import EventStream
+from djp_dagster.processing.leases import DEFAULT_LEASE_S
+from djp_dagster.streams.topics import Topic, check_name
+from djp_dagster.units import Duration, is_count, parse_seconds
 
-AssetKeyLike = dg.AssetKey | str | Sequence[str]
+if TYPE_CHECKING:
+    from dagster._core.definitions.events import CoercibleToAssetKey
+    from typing_extensions import Unpack
 
-GROUP_TAG = "djp/group"
-DIGEST_TAG = "djp/digest"
-STREAM_KEY = "event_stream"
-_IN_FLIGHT = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
-_PAUSES_S = (0.0, 10.0, 60.0, 300.0, 900.0)
+    from djp_dagster.orchestration.assets import AssetOptions
 
 
 def build_stream_asset(
-    consumer: Consumer, *, key: AssetKeyLike | None = None, group_name: str | None = "streaming"
+    consumer: Consumer, *, key: "CoercibleToAssetKey | None" = None, **options: "Unpack[AssetOptions]"
 ) -> dg.AssetsDefinition:
     """The consumer as an asset: a run processes what is pending, and materializes if that was anything.
+
+    Upstream of it are the topics it reads. What its handler returns can be read downstream as `BatchOutputs`.
 
     Args:
         consumer: what to do.
         key: the asset's key; the consumer group's name unless given.
-        group_name: the asset's group in the UI.
+        **options: what ``dg.asset`` takes: ``deps, group_name, owners, tags, kinds, metadata, description, pool,
+            automation_condition, freshness_policy, backfill_policy, retry_policy, hooks, op_tags, check_specs,
+            resource_defs``.
+
+    Raises:
+        InvalidSettingError: an option that follows from the consumer.
+
+    Example:
+        >>> import djp_dagster as djp
+        >>> @djp.consumer(topic=djp.Topic("clicks"))
+        ... def count(batch):
+        ...     batch.log.info("%d clicks", len(batch))
+        >>> build_stream_asset(count, group_name="shop", owners=["team:shop"]).key.to_user_string()
+        'count'
     """
-
-    @dg.asset(
-        key=key if key is not None else consumer.group,
-        description=consumer.__doc__,
-        group_name=group_name,
-        code_version=consumer.code_version,
-        kinds={"python"},
-        required_resource_keys={STREAM_KEY, *consumer.resource_names},
-        output_required=False,
-        io_manager_def=_NothingStored(),
-    )
-    def stream_asset(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
-        resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
-        reports: list[BatchReport] = []
-        try:
-            run_pending(
-                resource.open(),
-                consumer,
-                resources={name: getattr(context.resources, name) for name in consumer.resource_names},
-                state_folder=resource.state_path(),
-                on_report=reports.append,
-                owner=f"run-{context.run_id}",
-            )
-        finally:
-            # What was committed is reported even if a later batch fails.
-            if reports:
-                context.log.info("committed %d batches", len(reports))
-        if reports:
-            yield dg.MaterializeResult(metadata=_metadata(RunReport(tuple(reports))))
-
-    return stream_asset
+    return consumer_asset(consumer, key=key, options=options)
 
 
-class _NothingStored(dg.ConfigurableIOManager):
-    """A stream asset's value lies in the stream; nothing is stored beside it."""
+def build_topic_assets(*consumers: Consumer | Topic, group_name: str | None = "topics") -> list[dg.AssetSpec]:
+    """The topics of the consumers as external assets ``topics/<name>``: lineage from topic to consumer to topic.
 
-    def handle_output(self, context: dg.OutputContext, obj: object) -> None:
-        """Store nothing."""
+    One code location should own them and name every consumer; others refer to them by key.
 
-    def load_input(self, context: dg.InputContext) -> object:
-        """Not offered yet: read `EventStream.outputs`."""
-        raise dg.DagsterInvariantViolationError(
-            "a stream asset has no value of its own; read stream.outputs(group) of the event_stream resource"
-        )
+    Args:
+        *consumers: whose topics, read or emitted to; or topics by themselves.
+        group_name: their group in the UI.
 
-
-def _metadata(report: RunReport) -> Mapping[str, dg.MetadataValue]:
-    seconds = sum(batch.seconds for batch in report.batches)
-    last = report.batches[-1]
-    return {
-        "events": dg.MetadataValue.int(report.events),
-        "batches": dg.MetadataValue.int(len(report.batches)),
-        "emitted": dg.MetadataValue.int(sum(batch.emitted for batch in report.batches)),
-        "dead_letters": dg.MetadataValue.int(sum(batch.dead_letters for batch in report.batches)),
-        "seconds": dg.MetadataValue.float(seconds),
-        "attempt": dg.MetadataValue.int(last.attempt),
-        "reason": dg.MetadataValue.text(last.reason),
-        "batch_id": dg.MetadataValue.text(last.batch_id),
-    }
+    Raises:
+        InvalidSettingError: two declarations of one topic differ.
+    """
+    return topic_assets(consumers, group_name=group_name)
 
 
 def build_stream_sensor(
     consumer: Consumer,
     *,
     name: str | None = None,
-    asset: AssetKeyLike | None = None,
+    asset: "CoercibleToAssetKey | None" = None,
     minimum_interval_seconds: int = 5,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
 ) -> dg.SensorDefinition:
     """A sensor that runs the consumer's asset whenever something is pending, one run at a time.
+
+    The run does everything up to the ends it sees at its start, in batches of the consumer's ``max_batch``. A run that
+    changed nothing is repeated after pauses of up to 15 minutes. A run whose lease has run out is reported as failed.
 
     Args:
         consumer: whose asset to run.
@@ -119,87 +99,141 @@ def build_stream_sensor(
         minimum_interval_seconds: how often to look; Dagster looks every 5 s at best.
         default_status: off until somebody turns it on, unless told.
     """
-    job = dg.define_asset_job(
-        f"{consumer.group}_job",
-        selection=dg.AssetSelection.assets(asset if asset is not None else consumer.group),
-        executor_def=dg.in_process_executor,
+    return run_sensor(
+        consumer,
+        asset=asset,
+        threshold=None,
+        name=name or f"{identifier(consumer.group)}_sensor",
+        description=f"Runs {consumer.group} when something is pending for it.",
+        minimum_interval_seconds=minimum_interval_seconds,
+        default_status=default_status,
     )
 
+
+def build_worker_sensor(
+    consumers: Sequence[Consumer],
+    *,
+    name: str | None = None,
+    workers: int = 1,
+    lease: Duration = DEFAULT_LEASE_S,
+    max_runtime: Duration | None = "24h",
+    report_every: Duration = "30s",
+    stuck_after: Duration = "10min",
+    assets: "Mapping[str, CoercibleToAssetKey] | None" = None,
+    pool: str | None = None,
+    minimum_interval_seconds: int = 5,
+    default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
+) -> dg.SensorDefinition:
+    """A sensor that keeps worker runs at work: long runs that loop over the consumers, milliseconds behind the stream.
+
+    Workers share the tasks (partitions) of each consumer evenly; if one dies, the others take over after one lease, and
+    the sensor replaces it. On changed code, or after ``max_runtime``, a new run takes over from the old one without a
+    gap. A terminated run finishes and commits the batch under way. Each worker run takes a place in Dagster's run queue
+    for as long as it lives. Turning the sensor off leaves its runs at work: terminate them.
+
+    Args:
+        consumers: what each worker runs.
+        name: the name of the workers, ``worker`` unless given; the sensor is ``<name>_sensor``, its job ``<name>_job``.
+        workers: how many runs; more than a consumer has partitions stand by.
+        lease: how long the tasks of a dead worker stay blocked.
+        max_runtime: how long one run stays; None for ever.
+        report_every: at most one materialization per consumer and worker in this time.
+        stuck_after: a batch that takes longer is reported as an error in the run's log.
+        assets: the asset keys of groups whose `build_stream_asset` was given one.
+        pool: a Dagster concurrency pool for the worker runs.
+        minimum_interval_seconds: how often to look; Dagster looks every 5 s at best.
+        default_status: off until somebody turns it on, unless told.
+
+    Raises:
+        InvalidSettingError: no consumer, two of one group, or no worker.
+    """
+    name = check_name("worker", name or "worker")
+    crew = _crew(name, consumers, workers, max_runtime)
+    job = _worker_job(crew, assets or {}, pool)
+    config = {
+        "lease": f"{parse_seconds(lease, name='lease')}s",
+        "report_every": f"{parse_seconds(report_every, name='report_every')}s",
+        "stuck_after": f"{parse_seconds(stuck_after, name='stuck_after')}s",
+    }
+
     @dg.sensor(
-        name=name or f"{consumer.group}_sensor",
+        name=f"{identifier(name)}_sensor",
         job=job,
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=default_status,
         required_resource_keys={STREAM_KEY},
-        description=f"Runs {consumer.group} when something is pending for it.",
+        description=f"Keeps {workers} runs of {job.name} at work on "
+        f"{', '.join(consumer.group for consumer in crew.consumers)}.",
     )
-    def stream_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        stream = getattr(context.resources, STREAM_KEY).open()
-        reason = _what_is_due(stream, consumer)
-        if reason is None:
-            return dg.SensorResult(skip_reason="nothing is pending")
-        return _request(context.instance, stream, consumer, reason)
-
-    return stream_sensor
-
-
-def _what_is_due(stream: EventStream, consumer: Consumer) -> str | None:
-    coordinator = stream.coordinator
-    try:
-        info = coordinator.group(consumer.group)
-    except UnknownGroupError:
-        try:
-            spans = stream.log.spans([topic.name for topic in consumer.topics])
-        except UnknownTopicError:
-            return None
-        return "first events" if any(span.end > span.begin for span in spans.values()) else None
-    pending = coordinator.pending(consumer.group)
-    if pending.events:
-        return f"{pending.events} events pending"
-    due = coordinator.next_deadline(consumer.group, range(info.tasks))
-    if due is not None and due <= pending.now_micros:
-        return "a deadline is due"
-    return "requests are open" if coordinator.requests(consumer.group) else None
-
-
-def _request(instance: dg.DagsterInstance, stream: EventStream, consumer: Consumer, reason: str) -> dg.SensorResult:
-    group = consumer.group
-    if instance.get_runs(dg.RunsFilter(tags={GROUP_TAG: group}, statuses=_IN_FLIGHT), limit=1):
-        return dg.SensorResult(skip_reason="a run is under way")
-    digest = _digest(stream, group)
-    finished = instance.get_run_records(
-        dg.RunsFilter(
-            tags={GROUP_TAG: group, DIGEST_TAG: digest},
-            statuses=[
-                dg.DagsterRunStatus.SUCCESS,
-                dg.DagsterRunStatus.FAILURE,
-                dg.DagsterRunStatus.CANCELED,
-            ],
-        ),
-        limit=len(_PAUSES_S) * 20,
-    )
-    if finished:
-        pause_s = _PAUSES_S[min(len(finished), len(_PAUSES_S) - 1)]
-        since_s = stream.log.now_micros() / 1e6 - max(record.end_time or 0.0 for record in finished)
-        if since_s < pause_s:
-            return dg.SensorResult(
-                skip_reason=f"{len(finished)} runs changed nothing; trying again in {pause_s - since_s:.0f} s"
-            )
-    return dg.SensorResult(
-        run_requests=[
+    def worker_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        launches, told = supervise(context.instance, stream_of(context.resources), crew)
+        requests = [
             dg.RunRequest(
-                run_key=f"{group}:{digest}:{len(finished)}",
-                tags={GROUP_TAG: group, DIGEST_TAG: digest, "djp/reason": reason},
+                run_key=launch.run_key,
+                tags=launch.tags,
+                run_config={"ops": {job.name[: -len("_job")]: {"config": {**config, "replaces": launch.replaces}}}},
             )
+            for launch in launches
         ]
+        return dg.SensorResult(run_requests=requests) if requests else dg.SensorResult(skip_reason="; ".join(told))
+
+    return worker_sensor
+
+
+def process_batch_op(consumer: Consumer, *, name: str | None = None) -> dg.OpDefinition:
+    """The same as an op: processes what is pending, and returns how many events that was.
+
+    Args:
+        consumer: what to do.
+        name: the op's name; ``process_<group>`` unless given.
+    """
+
+    @dg.op(
+        name=name or f"process_{identifier(consumer.group)}",
+        description=consumer.__doc__,
+        required_resource_keys={STREAM_KEY, *consumer.resource_names},
+        code_version=consumer.code_version,
+        out=dg.Out(int, description="How many events were processed."),
+        tags={"kind": "python"},
     )
+    def process_batch(context: dg.OpExecutionContext, config: ProcessConfig) -> int:
+        with processed(context, consumer, config) as done:
+            backlog = stream_of(context.resources).pending(consumer.group)
+            context.add_output_metadata(done.metadata(backlog))
+            return done.events
+
+    return process_batch
 
 
-def _digest(stream: EventStream, group: str) -> str:
-    """What has been done, as a text that changes with every commit and every lease."""
-    try:
-        positions = sorted(stream.positions(group).items())
-        epochs = [(task.task, task.epoch) for task in stream.coordinator.tasks(group)]
-    except UnknownGroupError:
-        positions, epochs = [], []
-    return hashlib.sha256(repr((stream.incarnation, positions, epochs)).encode()).hexdigest()[:16]
+def _crew(name: str, consumers: Sequence[Consumer], workers: int, max_runtime: Duration | None) -> Crew:
+    groups = [consumer.group for consumer in consumers]
+    if not consumers or len(set(groups)) != len(groups):
+        raise InvalidSettingError(
+            f"worker {name!r} needs consumers of different groups, not {groups}", setting="consumers", value=groups
+        )
+    if not is_count(workers) or workers < 1:
+        raise InvalidSettingError(f"workers={workers!r} must be 1 or more", setting="workers", value=workers)
+    max_runtime_s = None if max_runtime is None else parse_seconds(max_runtime, name="max_runtime")
+    return Crew(name, tuple(consumers), workers, crew_code_version(consumers), max_runtime_s)
+
+
+def _worker_job(crew: Crew, assets: "Mapping[str, CoercibleToAssetKey]", pool: str | None) -> dg.JobDefinition:
+    keys = {consumer.group: consumer_key(consumer) for consumer in crew.consumers}
+    keys |= {group: dg.AssetKey.from_coercible(key) for group, key in assets.items()}
+    resources = {name for consumer in crew.consumers for name in consumer.resource_names}
+
+    # No retry policy: it would make Dagster start a terminated worker again.
+    @dg.op(name=identifier(crew.name), required_resource_keys={STREAM_KEY, *resources}, pool=pool)
+    def run_worker(context: dg.OpExecutionContext, config: WorkerConfig) -> None:
+        """Work until terminated or replaced."""
+        work(context, crew.consumers, keys, crew.code_version, config)
+
+    @dg.job(
+        name=f"{identifier(crew.name)}_job",
+        executor_def=dg.in_process_executor,
+        description=f"Resident: works on {', '.join(keys)} until terminated or replaced.",
+    )
+    def worker_job() -> None:
+        run_worker()
+
+    return worker_job

@@ -69,6 +69,7 @@ class Worker:
         lease: how long a dead worker's tasks stay blocked.
         on_report: called after each commit.
         on_failure: called when a consumer pauses; without it the error ends the worker.
+        on_beat: called between batches, about three times per ``lease``.
         owner: a name, for whoever looks.
         replaces: beginnings of the names of workers that are asked to leave once this one is ready.
 
@@ -87,6 +88,7 @@ class Worker:
         lease: Duration = DEFAULT_LEASE_S,
         on_report: OnReport | None = None,
         on_failure: OnFailure | None = None,
+        on_beat: Callable[[], None] | None = None,
         owner: str | None = None,
         replaces: Sequence[str] = (),
     ) -> None:
@@ -96,7 +98,7 @@ class Worker:
         self._stream, self._consumers = stream, tuple(consumers)
         self._resources, self._state_folder = resources, state_folder
         self._lease_s = parse_seconds(lease, name="lease")
-        self._on_report, self._on_failure = on_report, on_failure
+        self._on_report, self._on_failure, self._on_beat = on_report, on_failure, on_beat
         self.owner = new_owner(owner)
 
     def run(self, stop: threading.Event) -> None:
@@ -142,6 +144,8 @@ class Worker:
                 if now >= share_at:
                     self._share(members, keeper)
                     share_at = now + self._lease_s / 3
+                    if self._on_beat is not None:
+                        self._on_beat()
                     continue
                 ask = now >= requests_at
                 requests_at = now + _REQUESTS_EVERY_S if ask else requests_at

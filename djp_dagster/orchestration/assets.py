@@ -1,0 +1,112 @@
+"""Consumers and topics as assets: a consumer is materialized by processing what is pending; a topic is external."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import dagster as dg
+
+from djp_dagster.errors import InvalidSettingError
+from djp_dagster.orchestration.outputs import io_manager_of
+from djp_dagster.orchestration.step import ProcessConfig, processed, stream_of
+from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, topic_key
+from djp_dagster.processing.consumer import Consumer
+from djp_dagster.streams.topics import Topic
+
+if TYPE_CHECKING:
+    from dagster._core.definitions.events import CoercibleToAssetKey
+
+
+class AssetOptions(TypedDict, total=False):
+    """What a stream asset takes of what ``dg.asset`` takes."""
+
+    deps: Iterable[Any]
+    description: str
+    group_name: str
+    owners: Sequence[str]
+    tags: Mapping[str, str]
+    kinds: AbstractSet[str]
+    metadata: Mapping[str, Any]
+    pool: str
+    automation_condition: dg.AutomationCondition[Any]
+    freshness_policy: dg.FreshnessPolicy
+    backfill_policy: dg.BackfillPolicy
+    retry_policy: dg.RetryPolicy
+    hooks: AbstractSet[dg.HookDefinition]
+    op_tags: Mapping[str, Any]
+    check_specs: Sequence[dg.AssetCheckSpec]
+    resource_defs: Mapping[str, object]
+
+
+def consumer_asset(
+    consumer: Consumer, *, key: "CoercibleToAssetKey | None", options: AssetOptions
+) -> dg.AssetsDefinition:
+    """The consumer as an asset whose materialization processes what is pending."""
+    refused = sorted(set(options) - set(AssetOptions.__annotations__))
+    if refused:
+        raise InvalidSettingError(
+            f"the asset of consumer {consumer.group!r} does not take {refused}: use "
+            f"{sorted(AssetOptions.__annotations__)}; the rest follows from the consumer",
+            setting=refused[0],
+            value=str(refused),
+        )
+    deps = [*(topic_key(topic) for topic in consumer.topics), *options.get("deps", ())]
+    given: dict[str, Any] = {"description": consumer.__doc__, "kinds": {"python"}, **options, "deps": deps}
+
+    def process(context: dg.AssetExecutionContext, config: ProcessConfig) -> Iterator[dg.MaterializeResult[Any]]:
+        with processed(context, consumer, config) as done:
+            if done.batches:
+                backlog = stream_of(context.resources).pending(consumer.group)
+                yield dg.MaterializeResult(metadata=done.metadata(backlog))
+
+    with warnings.catch_warnings():
+        # An IO manager of its own is what makes a stream asset readable without any set-up; nobody can act on the word.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        decorated: dg.AssetsDefinition = dg.asset(
+            key=key if key is not None else consumer_key(consumer),
+            code_version=consumer.code_version,
+            required_resource_keys={STREAM_KEY, *consumer.resource_names},
+            output_required=False,
+            io_manager_def=io_manager_of(consumer.group),
+            **given,
+        )(process)
+    return decorated
+
+
+def topic_assets(things: Iterable[Consumer | Topic], *, group_name: str | None) -> list[dg.AssetSpec]:
+    """One external asset per topic that is named, read or emitted to; upstream of it is who writes it."""
+    topics: dict[str, Topic] = {}
+    writers: dict[str, list[Consumer]] = {}
+    for thing in things:
+        for topic in (thing,) if isinstance(thing, Topic) else (*thing.topics, *thing.emits):
+            _require_same(topics.setdefault(topic.name, topic), topic)
+            writers.setdefault(topic.name, [])
+        if isinstance(thing, Consumer):
+            for topic in thing.emits:
+                writers[topic.name].append(thing)
+    return [_topic_asset(topic, writers[name], group_name) for name, topic in sorted(topics.items())]
+
+
+def _require_same(known: Topic, topic: Topic) -> None:
+    if known != topic:
+        raise InvalidSettingError(
+            f"topic {topic.name!r} is declared twice and differently: {known} and {topic}; share one declaration",
+            setting="topic",
+            value=topic.name,
+        )
+
+
+def _topic_asset(topic: Topic, writers: Sequence[Consumer], group_name: str | None) -> dg.AssetSpec:
+    key = f"by {topic.key}" if topic.key is not None else "by event id"
+    metadata = {"partitions": topic.partitions, "key": topic.key or "(event id)"}
+    if topic.retention is not None:
+        metadata["retention"] = str(topic.retention)
+    return dg.AssetSpec(
+        topic_key(topic),
+        deps=[consumer_key(writer) for writer in writers],
+        description=f"Topic `{topic.name}`: {topic.partitions} partitions, {key}.",
+        group_name=group_name,
+        metadata=metadata,
+        kinds={"stream"},
+    )
