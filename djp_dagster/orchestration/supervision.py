@@ -4,7 +4,9 @@ The sensor asks for ``workers`` runs, each in a slot of its own. A tick, for eac
 
 1. A run under way whose process is gone (it has not said for a lease that it is there) is fenced off, by raising the
    epochs of what it held, and then reported to Dagster as failed.
-2. A run on other code, or older than ``max_runtime``, is outdated. It goes on until another is ready.
+2. A run on other code than the sensor's, started before the sensor was loaded, is outdated; so is one older than
+   ``max_runtime``. It goes on until another is ready. (A run started later has read the same files, or newer: until
+   Dagster has loaded the sensor anew, which takes the daemon a minute, workers may be ahead of it.)
 3. If the slot has no run under way that is not outdated, one is asked for, told whom it replaces: once ready, it asks
    them to leave, and they finish the batch under way and give everything back.
 4. If that run stays in Dagster's queue for long, the tick itself asks the outdated one to leave: it may be what takes
@@ -36,12 +38,17 @@ _PAUSES_S = (0.0, 0.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Crew(NamedTuple):
-    """What a worker sensor wants: who works, on what, and how long."""
+    """What a worker sensor wants: who works, on what code, and how long.
+
+    Attributes:
+        loaded_at: when this code was loaded, in seconds since 1970.
+    """
 
     name: str
     consumers: tuple[Consumer, ...]
     workers: int
     code_version: str
+    loaded_at: float
     max_runtime_s: float | None
 
 
@@ -150,9 +157,10 @@ def _is_outdated(record: dg.RunRecord, crew: Crew) -> bool:
         return True
     if record.dagster_run.status != dg.DagsterRunStatus.STARTED:
         return False  # it will load the code there is when it starts
-    age_s = time.time() - (record.start_time or time.time())
-    too_old = crew.max_runtime_s is not None and age_s > crew.max_runtime_s
-    return too_old or record.dagster_run.tags.get(CODE_TAG) != crew.code_version
+    started = record.start_time or time.time()
+    too_old = crew.max_runtime_s is not None and time.time() - started > crew.max_runtime_s
+    other_code = record.dagster_run.tags.get(CODE_TAG) != crew.code_version
+    return too_old or (other_code and started < crew.loaded_at)
 
 
 def _is_stuck_in_queue(record: dg.RunRecord) -> bool:

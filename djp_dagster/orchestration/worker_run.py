@@ -25,7 +25,7 @@ from djp_dagster.resources import SqlEventStream
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
-_LOOK_AT_RUN_S = 15.0
+_LOOK_AT_RUN_S = 5.0
 
 
 class WorkerConfig(dg.Config):
@@ -54,7 +54,7 @@ def work(
         config: how.
 
     Raises:
-        DagsterExecutionInterruptedError: terminated; the batch under way was finished first.
+        DagsterExecutionInterruptedError: terminated through Dagster; the batch under way was finished first.
     """
     resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
     stream = resource.open()
@@ -81,8 +81,16 @@ def work(
                 summaries.tell(all_of_it=True)
     if worker.replaced:
         context.log.info("another worker run has taken over")
-    elif signals:
+    elif signals or stop.is_set():
+        _end(context)
+
+
+def _end(context: dg.OpExecutionContext) -> None:
+    """End as Dagster expects it: interrupted if somebody asked Dagster to terminate the run, else in order."""
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
         raise dg.DagsterExecutionInterruptedError
+    context.log.info("told to end; everything was given back")
 
 
 class Summaries:
@@ -110,11 +118,16 @@ class Summaries:
                 backlog = self._stream.pending(group)  # first: an outage must not lose the tally
                 metadata = self._tallies.pop(group).metadata(backlog)
                 self._context.log_event(dg.AssetMaterialization(self._keys[group], metadata=metadata))
+                # It is in the event log; the op would keep a copy for as long as it lives.
+                list(self._context.consume_events())
                 self._told_at[group] = now
 
 
 class _Beat:
-    """What a worker does between batches: tell what is due, and look whether Dagster still knows its run."""
+    """What a worker does between batches: tell what is due, and look whether its run is still wanted.
+
+    A signal can get lost: nobody is left to send it once the run's code server is gone.
+    """
 
     def __init__(self, context: dg.OpExecutionContext, summaries: Summaries, stop: threading.Event) -> None:
         self._context, self._summaries, self._stop = context, summaries, stop
@@ -128,6 +141,8 @@ class _Beat:
         run = self._context.instance.get_run_by_id(self._context.run_id)
         if run is None or run.is_finished:
             self._context.log.warning("Dagster holds this run for finished: the worker ends")
+            self._stop.set()
+        elif run.status == dg.DagsterRunStatus.CANCELING:
             self._stop.set()
 
 

@@ -12,6 +12,7 @@ They may meet: the consumer group's lease lets one of them work on a task at a t
 tick writes nothing to the stream, and its run request is a hint; wiping cursors, run keys, tags and runs loses nothing.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -214,7 +215,7 @@ def _crew(name: str, consumers: Sequence[Consumer], workers: int, max_runtime: D
     if not is_count(workers) or workers < 1:
         raise InvalidSettingError(f"workers={workers!r} must be 1 or more", setting="workers", value=workers)
     max_runtime_s = None if max_runtime is None else parse_seconds(max_runtime, name="max_runtime")
-    return Crew(name, tuple(consumers), workers, crew_code_version(consumers), max_runtime_s)
+    return Crew(name, tuple(consumers), workers, crew_code_version(consumers), time.time(), max_runtime_s)
 
 
 def _worker_job(crew: Crew, assets: "Mapping[str, CoercibleToAssetKey]", pool: str | None) -> dg.JobDefinition:
