@@ -6,10 +6,11 @@ changed.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dagster as dg
+import msgspec
 
 from djp_dagster.errors import UnknownGroupError
 from djp_dagster.orchestration.metadata import lag_metadata
@@ -120,16 +121,19 @@ def build_check_sensor(
     def check_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         stream = stream_of(context.resources)
         known, now = _known(context.cursor), time.time()
-        changed = []
+        changed: dict[str, dg.AssetCheckEvaluation] = {}
         for spec in specs:
-            verdict = evaluate(stream, spec)
-            said, at = known.get(_id_of(spec), (None, 0.0))
-            if said != verdict.passed or now - at > _REPEAT_S:
-                known[_id_of(spec)] = (verdict.passed, now)
-                changed.append(_evaluation(spec, verdict))
+            check, verdict = _id_of(spec), evaluate(stream, spec)
+            passed, said_at = known.get(check, (None, 0.0))
+            if passed != verdict.passed or now - said_at > _REPEAT_S:
+                known[check] = (verdict.passed, now)
+                changed[check] = _evaluation(spec, verdict)
         if not changed:
             return dg.SkipReason("no check has changed")
-        return dg.SensorResult(asset_events=changed, cursor=json.dumps(known))
+        told = ", ".join(f"{check} {'passes' if said.passed else 'fails'}" for check, said in changed.items())
+        return dg.SensorResult(
+            asset_events=list(changed.values()), cursor=json.dumps(known), skip_reason=f"reported: {told}"
+        )
 
     return check_sensor
 
@@ -188,13 +192,12 @@ def _id_of(spec: dg.AssetCheckSpec) -> str:
     return f"{spec.asset_key.to_user_string()}:{spec.name}"
 
 
-def _known(cursor: str | None) -> dict[str, Sequence[Any]]:
-    """What was said last. A cursor is a hint: one that cannot be read only makes everything be said again."""
+def _known(cursor: str | None) -> dict[str, tuple[bool, float]]:
+    """What was said last, and when. A cursor is a hint: one that cannot be read only makes everything be said again."""
     try:
-        known = json.loads(cursor or "{}")
-    except ValueError:
+        return msgspec.json.decode(cursor or "{}", type=dict[str, tuple[bool, float]])
+    except msgspec.MsgspecError:
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 _DESCRIPTIONS = {
