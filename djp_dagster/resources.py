@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import Field
 
 from djp_dagster.claim_check.stores import LocalPayloadStore
-from djp_dagster.streams.location import default_folder, default_url
+from djp_dagster.streams.location import URL_VARIABLE, default_folder, default_url
 from djp_dagster.streams.stream import EventStream, open_stream
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
     )
     state_folder: str | None = Field(
         default=None,
-        description="Where stateful consumers keep their local cache; beside the stream's file unless given.",
+        description="Where stateful consumers keep their local cache; beside the stream's file, or under DAGSTER_HOME, "
+        "unless given.",
     )
 
     def open(self) -> EventStream:
@@ -48,7 +49,13 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def state_path(self) -> Path:
         """The folder of local state."""
-        return Path(self.state_folder) if self.state_folder is not None else default_folder() / "state"
+        if self.state_folder is not None:
+            return Path(self.state_folder)
+        url = self.url or default_url()
+        if url.startswith("sqlite:///"):
+            file = Path(url.removeprefix("sqlite:///"))
+            return file.with_name(f"{file.stem}-state")
+        return default_folder() / "state"
 
 
 _open_streams: dict[tuple[int, str, str | None], EventStream] = {}
@@ -66,11 +73,10 @@ def _opened(url: str, payload_folder: str | None) -> EventStream:
 
 
 def _told_default() -> str:
-    url = default_url()
-    if "://" in url and not url.startswith("sqlite"):
-        return url
+    if os.environ.get(URL_VARIABLE):
+        return default_url()
     folder = default_folder()
     folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_absolute():
         _log.warning("DAGSTER_HOME names no lasting folder: the stream lies in %s", folder.resolve())
-    return url
+    return default_url()
