@@ -43,7 +43,14 @@ class Project:
 
     def run(self, *command: str, given: str = "") -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, input=given, capture_output=True, text=True, timeout=120
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout
