@@ -17,6 +17,7 @@ from djp_dagster.orchestration.metadata import lag_metadata
 from djp_dagster.orchestration.step import stream_of
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key
 from djp_dagster.processing.consumer import Consumer
+from djp_dagster.resources import SqlEventStream
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
@@ -115,11 +116,12 @@ def build_check_sensor(
         name=name,
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=default_status,
-        required_resource_keys={STREAM_KEY},
         description="Evaluates the checks of the consumers between their runs.",
     )
-    def check_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        stream = stream_of(context.resources)
+    def check_sensor(
+        context: dg.SensorEvaluationContext, event_stream: SqlEventStream
+    ) -> dg.SensorResult | dg.SkipReason:
+        stream = event_stream.open()
         known, now = _known(context.cursor), time.time()
         changed: dict[str, dg.AssetCheckEvaluation] = {}
         for spec in specs:

@@ -6,11 +6,11 @@ import dagster as dg
 
 from djp_dagster.orchestration.jobs import consumer_job, op_name_of
 from djp_dagster.orchestration.runs import request_run
-from djp_dagster.orchestration.step import stream_of, threshold_config
-from djp_dagster.orchestration.tags import STREAM_KEY
+from djp_dagster.orchestration.step import threshold_config
 from djp_dagster.orchestration.ticks import look
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.threshold import Threshold
+from djp_dagster.resources import SqlEventStream
 
 if TYPE_CHECKING:
     from dagster._core.definitions.events import CoercibleToAssetKey
@@ -34,11 +34,12 @@ def run_sensor(
         job=consumer_job(consumer, asset),
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=default_status,
-        required_resource_keys={STREAM_KEY},
         description=description,
     )
-    def consumer_sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        stream = stream_of(context.resources)
+    def consumer_sensor(
+        context: dg.SensorEvaluationContext, event_stream: SqlEventStream
+    ) -> dg.RunRequest | dg.SkipReason:
+        stream = event_stream.open()
         seen = look(stream, consumer, threshold)
         if seen.reason is None:
             return dg.SkipReason(seen.why_not)
@@ -65,11 +66,12 @@ def run_schedule(
         cron_schedule=cron_schedule,
         execution_timezone=execution_timezone,
         default_status=default_status,
-        required_resource_keys={STREAM_KEY},
         description=description,
     )
-    def consumer_schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        stream = stream_of(context.resources)
+    def consumer_schedule(
+        context: dg.ScheduleEvaluationContext, event_stream: SqlEventStream
+    ) -> dg.RunRequest | dg.SkipReason:
+        stream = event_stream.open()
         seen = look(stream, consumer)
         if seen.reason is None:
             return dg.SkipReason(seen.why_not)

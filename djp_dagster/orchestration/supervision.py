@@ -12,9 +12,9 @@ The sensor asks for ``workers`` runs, each in a slot of its own. A tick, for eac
 4. If that run stays in Dagster's queue for long, the tick itself asks the outdated one to leave: it may be what takes
    the last place.
 
-A run key names the last run of the slot, so a tick evaluated twice asks once. Runs that end soon after their start are
-followed by ever longer pauses. Everything a tick reads may be wiped: a second worker in a slot shares the tasks with
-the first, and the next tick finds both.
+A run key names the last run of the slot that ended, and the one to replace, so a tick evaluated twice asks once. Runs
+that end soon after their start are followed by ever longer pauses. Everything a tick reads may be wiped: a second worker
+in a slot shares the tasks with the first, and the next tick finds both.
 """
 
 import hashlib
@@ -113,14 +113,13 @@ def _tend(
             _ask_to_leave(stream, crew, outdated)
         return _state(newest, members)
     last = instance.get_run_records(dg.RunsFilter(tags={WORKER_TAG: tag}, statuses=FINISHED), limit=len(_PAUSES_S))
-    wait_s = 0.0 if outdated else _left_to_wait(last)
+    wait_s = _left_to_wait(last)
     if wait_s > 0:
         return f"ended soon after its start {_short_lives(last)} times in a row; trying again in {wait_s:.0f} s"
-    before = (outdated or last)[:1]
-    previous = before[0].dagster_run.run_id[:8] if before else "first"
+    before = ":".join(record.dagster_run.run_id[:8] for record in (*last[:1], *outdated[:1]))
     return Launch(
         slot=slot,
-        run_key=f"{tag}:{crew.code_version}:{previous}",
+        run_key=f"{tag}:{crew.code_version}:{before or 'first'}",
         # A limit on the runtime of all runs is not meant for those that stay; `max_runtime` is.
         tags={WORKER_TAG: tag, CODE_TAG: crew.code_version, "dagster/max_runtime": "0"},
         replaces=[record.dagster_run.run_id for record in outdated],

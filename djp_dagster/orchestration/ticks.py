@@ -20,7 +20,8 @@ class Look(NamedTuple):
         reason: why a run is due; None if it is not.
         why_not: what to tell if it is not.
         holder: who holds every task; a run could only wait for it.
-        digest: what has been done, as a text that changes with every commit and every lease.
+        digest: what has been done and asked for, as a text that changes with every commit, but not with a run that
+            leased, failed and left everything as it was.
     """
 
     reason: str | None
@@ -105,5 +106,9 @@ def describe_threshold(threshold: Threshold | None) -> str:
 
 def _digest(stream: EventStream, group: str, tasks: list[TaskInfo]) -> str:
     positions = sorted(stream.positions(group).items())
-    epochs = [(task.task, task.epoch) for task in tasks]
-    return hashlib.sha256(repr((stream.incarnation, group, positions, epochs)).encode()).hexdigest()[:16]
+    # Positions alone come back after a seek.
+    commits = [task.last_batch for task in tasks]
+    asked = [request.id for request in stream.coordinator.requests(group)]
+    due = stream.coordinator.next_deadline(group, [task.task for task in tasks])
+    seen = (stream.incarnation, group, positions, commits, asked, due)
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]

@@ -27,6 +27,7 @@ from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, identifier
 from djp_dagster.orchestration.worker_run import WorkerConfig, work
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.leases import DEFAULT_LEASE_S
+from djp_dagster.resources import SqlEventStream
 from djp_dagster.streams.topics import Topic, check_name
 from djp_dagster.units import Duration, is_count, parse_seconds
 
@@ -162,12 +163,11 @@ def build_worker_sensor(
         job=job,
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=default_status,
-        required_resource_keys={STREAM_KEY},
         description=f"Keeps {workers} runs of {job.name} at work on "
         f"{', '.join(consumer.group for consumer in crew.consumers)}.",
     )
-    def worker_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        launches, told = supervise(context.instance, stream_of(context.resources), crew)
+    def worker_sensor(context: dg.SensorEvaluationContext, event_stream: SqlEventStream) -> dg.SensorResult:
+        launches, told = supervise(context.instance, event_stream.open(), crew)
         requests = [
             dg.RunRequest(
                 run_key=launch.run_key,
