@@ -13,8 +13,8 @@ The sensor asks for ``workers`` runs, each in a slot of its own. A tick, for eac
    the last place.
 
 A run key names the last run of the slot that ended, and the one to replace, so a tick evaluated twice asks once. Runs
-that end soon after their start are followed by ever longer pauses. Everything a tick reads may be wiped: a second worker
-in a slot shares the tasks with the first, and the next tick finds both.
+that end soon after their start are followed by ever longer pauses. Everything a tick reads may be wiped: a second
+worker in a slot shares the tasks with the first, and the next tick finds both.
 """
 
 import hashlib
