@@ -132,10 +132,9 @@ def _waiting(instance: dg.DagsterInstance) -> Iterator[Finding]:
 def _stuck(stream: EventStream, running: Sequence[dg.RunRecord]) -> Iterator[Finding]:
     """Runs that should hold leases and do not."""
     try:
-        holders = _holders(stream)
+        holders, alive = _at_work(stream)
     except DjpError:
         return  # said of the stream already
-    alive = {run_id_of(owner) for owners in holders.values() for owner in owners}
     for record in running:
         run, age_s = record.dagster_run, time.time() - (record.start_time or time.time())
         if run.status is not dg.DagsterRunStatus.STARTED or age_s < UNLEASED_S or run.run_id in alive:
@@ -143,24 +142,28 @@ def _stuck(stream: EventStream, running: Sequence[dg.RunRecord]) -> Iterator[Fin
         group, worker = run.tags.get(GROUP_TAG), run.tags.get(WORKER_TAG)
         if group is None and worker is None:
             continue
-        others = bool(holders.get(group or "")) if worker is None else any(holders.values())
+        waits = worker is None and group in holders
         yield Finding(
-            "warning" if others else "problem",
+            "warning" if waits else "problem",
             "stuck-run",
             f"run {run.run_id[:8]} ({run.job_name})",
-            f"is STARTED for {age_s / 60:.0f} min and holds no lease"
-            + (": it waits for others that do, or its process is gone" if others else ": its process is gone or hangs"),
+            f"is STARTED for {age_s / 60:.0f} min and holds no lease: "
+            + ("it waits for whoever does, or its process is gone" if waits else "its process is gone or hangs"),
             f"see its log; if it is gone: dagster run cancel {run.run_id}, or mark it as failed in the UI",
         )
 
 
-def _holders(stream: EventStream) -> dict[str, list[str]]:
-    """The live lease holders of every group."""
+def _at_work(stream: EventStream) -> tuple[set[str], set[str]]:
+    """The groups that somebody holds tasks of; and the runs that hold leases, or say that they are there."""
     now = stream.log.now_micros()
-    return {
-        info.name: [task.owner for task in stream.coordinator.tasks(info.name) if task.owner and is_held(task, now)]
-        for info in stream.groups()
-    }
+    held: set[str] = set()
+    owners: set[str] = set()
+    for info in stream.groups():
+        holding = {one.owner for one in stream.coordinator.tasks(info.name) if one.owner and is_held(one, now)}
+        if holding:
+            held.add(info.name)
+        owners |= holding | {one.owner for one in stream.coordinator.members(info.name) if one.live}
+    return held, {run_id for owner in owners if (run_id := run_id_of(owner)) is not None}
 
 
 def _settings(instance: dg.DagsterInstance, running: Sequence[dg.RunRecord]) -> Iterator[Finding]:
@@ -238,7 +241,8 @@ def _what_is_off(
             yield _off("sensor", sensor.name)
     for schedule in repository.schedule_defs:
         declared = schedule.default_status is dg.DefaultScheduleStatus.RUNNING
-        if schedule.job_name in jobs and not _is_on(states.get(schedule.name), declared):
+        ours = STREAM_KEY in schedule.required_resource_keys or schedule.job_name in jobs
+        if ours and not _is_on(states.get(schedule.name), declared):
             yield _off("schedule", schedule.name)
 
 

@@ -1,4 +1,4 @@
-"""`LeaseKeeper`: leases held by this process, and the thread that prolongs them.
+"""`LeaseKeeper`: leases held and groups joined by this process, and the thread that prolongs them.
 
 The first heartbeat comes a third of the time to live after the lease, and a heartbeat that fails because the stream is
 away is tried again at once: the lease is lost only if somebody else takes it. If this process dies, heartbeats end and
@@ -27,7 +27,12 @@ def new_owner(name: str | None = None) -> str:
 
 
 class LeaseKeeper:
-    """Acquires, prolongs and releases leases for one owner. Use it as a context manager; leaving releases everything.
+    """Acquires, prolongs and releases leases for one owner, and says in each group it joined that it is there.
+
+    Use it as a context manager; leaving releases everything.
+
+    Attributes:
+        replaced: somebody has asked this owner to leave.
 
     Args:
         coordinator: where leases live.
@@ -38,6 +43,8 @@ class LeaseKeeper:
     def __init__(self, coordinator: Coordinator, *, owner: str, ttl_s: float = DEFAULT_LEASE_S) -> None:
         self._coordinator, self.owner, self.ttl_s = coordinator, owner, ttl_s
         self._held: dict[tuple[str, int], int] = {}
+        self._joined: dict[str, bool] = {}
+        self.replaced = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"djp-leases-{owner}", daemon=True)
@@ -54,8 +61,18 @@ class LeaseKeeper:
         try:
             for lease in self._snapshot():
                 self._coordinator.release(lease)
+            for group in self._joined:
+                self._coordinator.leave(group, self.owner)
         except TransientError as outage:
-            _log.warning("leases of %s run out by themselves: %s", self.owner, outage)
+            _log.warning("what %s holds runs out by itself: %s", self.owner, outage)
+
+    def join(self, group: str, *, paused: bool) -> int:
+        """Say from now on that this owner is there; how many want a share of the group. See `Coordinator.join`."""
+        joined = self._coordinator.join(group, self.owner, self.ttl_s, paused=paused)
+        with self._lock:
+            self._joined[group] = paused
+        self.replaced |= joined.asked_to_leave
+        return joined.members
 
     def acquire(self, group: str, tasks: Sequence[int] | None = None) -> Lease:
         """Lease the tasks, and keep them; raises `LeaseBusyError`."""
@@ -92,11 +109,18 @@ class LeaseKeeper:
         while not self._stop.wait(self.ttl_s / 3):
             try:
                 self._coordinator.heartbeat(self._snapshot())
+                self._rejoin()
             except FencedError:
                 self._drop_lost()
             except Exception:  # noqa: BLE001
                 # Whatever it is, ending the heartbeats would only add lost leases to it.
                 _log.warning("heartbeat of %s failed and is repeated", self.owner, exc_info=True)
+
+    def _rejoin(self) -> None:
+        with self._lock:
+            joined = dict(self._joined)
+        for group, paused in joined.items():
+            self.replaced |= self._coordinator.join(group, self.owner, self.ttl_s, paused=paused).asked_to_leave
 
     def _drop_lost(self) -> None:
         for lease in self._snapshot():

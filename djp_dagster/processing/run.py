@@ -95,6 +95,8 @@ def run_pending(
     keeper = LeaseKeeper(stream.coordinator, owner=new_owner(owner), ttl_s=parse_seconds(lease, name="lease"))
     processor = Processor(stream, consumer, resources=resources, state_folder=state_folder, stop=stop)
     with closing(processor), keeper:
+        # There, wanting no share of workers' tasks: who waits or works here can be told from who has died.
+        keeper.join(consumer.group, paused=True)
         asked = None if only_requests else until
         held = _lease_all(stream, consumer, keeper, asked, parse_seconds(wait, name="wait"), stop)
         if isinstance(held, str):

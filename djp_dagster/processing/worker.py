@@ -115,18 +115,12 @@ class Worker:
                     self._stream, consumer, resources=self._resources, state_folder=self._state_folder, stop=stop
                 )
                 stack.callback(processor.close)
-                stack.callback(self._leave, consumer.group)
                 members.append(_Member(consumer, info.tasks, processor))
             keeper = stack.enter_context(LeaseKeeper(self._stream.coordinator, owner=self.owner, ttl_s=self._lease_s))
             watcher = self._stream.log.watch()
             stack.callback(watcher.close)
             self._loop(members, keeper, watcher, stop)
-
-    def _leave(self, group: str) -> None:
-        try:
-            self._stream.coordinator.leave(group, self.owner)
-        except TransientError as error:
-            _log.warning("the membership of %s in %s runs out by itself: %s", self.owner, group, error)
+            self.replaced = keeper.replaced
 
     def _loop(
         self,
@@ -138,7 +132,7 @@ class Worker:
         share_at = requests_at = 0.0
         tidy_at = time.monotonic() + _TIDY_EVERY_S
         eager_until = 0.0
-        while not stop.is_set() and not self.replaced:
+        while not stop.is_set() and not keeper.replaced:
             now = time.monotonic()
             try:
                 if now >= share_at:
@@ -178,14 +172,11 @@ class Worker:
         coordinator = self._stream.coordinator
         for member in members:
             group, paused = member.consumer.group, time.monotonic() < member.paused_until
-            joined = coordinator.join(group, self.owner, self._lease_s, paused=paused)
-            if joined.asked_to_leave:
-                self.replaced = True
-                return
+            wanting = keeper.join(group, paused=paused)
             if paused:
                 continue
             self._replaces = tuple(name for name in self._replaces if self._ask_to_leave(name))
-            share = -(-member.tasks // max(joined.members, 1))
+            share = -(-member.tasks // max(wanting, 1))
             while sum(map(len, member.held)) > share and len(member.held) > 1:
                 self._give_back(member, keeper, max(member.held))
             mine = {task for tasks in member.held for task in tasks}
@@ -282,7 +273,7 @@ class Worker:
         try:
             for tasks in list(member.held):
                 self._give_back(member, keeper, tasks)
-            self._stream.coordinator.join(member.consumer.group, self.owner, self._lease_s, paused=True)
+            keeper.join(member.consumer.group, paused=True)
         except TransientError as outage:
             _log.warning("what %s holds of %s runs out by itself: %s", self.owner, member.consumer.group, outage)
         if self._on_failure is None:

@@ -144,11 +144,11 @@ class TaskInfo(msgspec.Struct, frozen=True):
 
 
 class MemberInfo(msgspec.Struct, frozen=True):
-    """A worker of a group.
+    """Who is there to work for a group: a worker, or a run.
 
     Attributes:
-        live: it has said so less than a lease ago.
-        paused: it waits after a failure, and wants no share meanwhile.
+        live: it has said so less than a lease ago. If not, it died: whoever ends in order is no member any more.
+        paused: it wants no share: a worker that waits after a failure, or a run, which leases all tasks or none.
         asked_to_leave: somebody replaces it.
     """
 

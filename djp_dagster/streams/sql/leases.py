@@ -43,15 +43,21 @@ _renew_member = Prepared(
     )
 )
 _now: sa.BindParameter[int] = sa.bindparam("now", type_=sa.BigInteger())
+# What has run out is kept for a while: it tells that its owner died, for whoever ends in order takes it away.
+_KEEP_MICROS = 3_600_000_000
 # Beyond its own time to live: written before the clock went back.
 _drop_members = Prepared(
     sa.delete(_members).where(
         _members.c.group_id == _g,
-        sa.or_(_members.c.expires_micros <= _now, _members.c.expires_micros > _now + _members.c.ttl_micros),
+        sa.or_(
+            _members.c.expires_micros <= _now - _KEEP_MICROS, _members.c.expires_micros > _now + _members.c.ttl_micros
+        ),
     )
 )
-_all_members = Prepared(
-    sa.select(_members.c.owner, _members.c.asked_to_leave, _members.c.paused).where(_members.c.group_id == _g)
+_live_members = Prepared(
+    sa.select(_members.c.owner, _members.c.asked_to_leave, _members.c.paused).where(
+        _members.c.group_id == _g, _members.c.expires_micros > _now
+    )
 )
 
 
@@ -192,7 +198,7 @@ class SqlLeases(SqlGroups):
                 values |= {"paused": paused, "asked_to_leave": False}
                 connection.execute(sa.insert(_members).values(values))
             _drop_members.run(connection, member)
-            found = _all_members.rows(connection, member)
+            found = _live_members.rows(connection, member)
         wanting = sum(not asked and not waits for _, asked, waits in found)
         return Membership(wanting, any(asked for name, asked, _ in found if name == owner))
 
