@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import dagster as dg
 from pydantic import Field
@@ -13,6 +14,7 @@ from djp_dagster.streams.location import URL_VARIABLE, default_folder, default_u
 from djp_dagster.streams.stream import EventStream, open_stream
 
 _log = logging.getLogger(__name__)
+_FILE = "sqlite:///"
 
 
 class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -31,7 +33,8 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
         "under DAGSTER_HOME.",
     )
     payload_folder: str | None = Field(
-        default=None, description="Where batch outputs lie; beside the stream's file unless given."
+        default=None,
+        description="Where batch outputs lie; beside the stream's file, or under DAGSTER_HOME, unless given.",
     )
     state_folder: str | None = Field(
         default=None,
@@ -52,13 +55,18 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
         if self.state_folder is not None:
             return Path(self.state_folder)
         url = self.url or default_url()
-        if url.startswith("sqlite:///"):
-            file = Path(url.removeprefix("sqlite:///"))
+        if url.startswith(_FILE):
+            file = Path(url.removeprefix(_FILE))
             return file.with_name(f"{file.stem}-state")
         return default_folder() / "state"
 
 
-_open_streams: dict[tuple[int, str, str | None], EventStream] = {}
+class _Opened(NamedTuple):
+    stream: EventStream
+    file: tuple[int, int] | None
+
+
+_open_streams: dict[tuple[int, str, str | None], _Opened] = {}
 _opening = threading.Lock()
 
 
@@ -66,10 +74,35 @@ def _opened(url: str, payload_folder: str | None) -> EventStream:
     """The stream of this process: Dagster makes a new resource for every tick and step, and connections cost."""
     key = (os.getpid(), url, payload_folder)
     with _opening:
-        if key not in _open_streams:
-            payloads = None if payload_folder is None else LocalPayloadStore(payload_folder)
-            _open_streams[key] = open_stream(url, payloads=payloads)
-        return _open_streams[key]
+        known = _open_streams.get(key)
+        if known is not None and known.file != _file_of(url):
+            # Removed or replaced: a connection to the old file would see nothing new for ever.
+            del _open_streams[key]
+            known.stream.close()
+            known = None
+        if known is None:
+            stream = _with_payloads(open_stream(url), payload_folder)
+            known = _open_streams[key] = _Opened(stream, _file_of(url))
+        return known.stream
+
+
+def _with_payloads(stream: EventStream, folder: str | None) -> EventStream:
+    if folder is None and stream.has_payloads:
+        return stream
+    place = Path(folder) if folder is not None else default_folder() / "payloads"
+    payloads = LocalPayloadStore(place / stream.incarnation)
+    return EventStream(stream.log, stream.coordinator, label=stream.label, payloads=payloads)
+
+
+def _file_of(url: str) -> tuple[int, int] | None:
+    """What tells the stream's file from another one in its place; None if it is no file."""
+    if not url.startswith(_FILE):
+        return None
+    try:
+        found = Path(url.removeprefix(_FILE)).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _told_default() -> str:

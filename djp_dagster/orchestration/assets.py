@@ -3,19 +3,16 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import dagster as dg
 
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.orchestration.outputs import io_manager_of
-from djp_dagster.orchestration.step import ProcessConfig, processed, stream_of
+from djp_dagster.orchestration.step import ProcessConfig, backlog_of, processed, stream_of
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, topic_key
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.streams.topics import Topic
-
-if TYPE_CHECKING:
-    from dagster._core.definitions.events import CoercibleToAssetKey
 
 
 class AssetOptions(TypedDict, total=False):
@@ -32,22 +29,19 @@ class AssetOptions(TypedDict, total=False):
     automation_condition: dg.AutomationCondition[Any]
     freshness_policy: dg.FreshnessPolicy
     backfill_policy: dg.BackfillPolicy
-    retry_policy: dg.RetryPolicy
     hooks: AbstractSet[dg.HookDefinition]
     op_tags: Mapping[str, Any]
-    check_specs: Sequence[dg.AssetCheckSpec]
     resource_defs: Mapping[str, object]
 
 
-def consumer_asset(
-    consumer: Consumer, *, key: "CoercibleToAssetKey | None", options: AssetOptions
-) -> dg.AssetsDefinition:
+def consumer_asset(consumer: Consumer, *, options: AssetOptions) -> dg.AssetsDefinition:
     """The consumer as an asset whose materialization processes what is pending."""
     refused = sorted(set(options) - set(AssetOptions.__annotations__))
     if refused:
         raise InvalidSettingError(
             f"the asset of consumer {consumer.group!r} does not take {refused}: use "
-            f"{sorted(AssetOptions.__annotations__)}; the rest follows from the consumer",
+            f"{sorted(AssetOptions.__annotations__)}; keys and retries are the consumer's (asset_key=, retry=), checks "
+            "come from build_stream_checks or dg.asset_check",
             setting=refused[0],
             value=str(refused),
         )
@@ -57,14 +51,14 @@ def consumer_asset(
     def process(context: dg.AssetExecutionContext, config: ProcessConfig) -> Iterator[dg.MaterializeResult[Any]]:
         with processed(context, consumer, config) as done:
             if done.batches:
-                backlog = stream_of(context.resources).pending(consumer.group)
+                backlog = backlog_of(stream_of(context.resources), consumer.group)
                 yield dg.MaterializeResult(metadata=done.metadata(backlog))
 
     with warnings.catch_warnings():
         # An IO manager of its own is what makes a stream asset readable without any set-up; nobody can act on the word.
         warnings.simplefilter("ignore", dg.BetaWarning)
         decorated: dg.AssetsDefinition = dg.asset(
-            key=key if key is not None else consumer_key(consumer),
+            key=consumer_key(consumer),
             code_version=consumer.code_version,
             required_resource_keys={STREAM_KEY, *consumer.resource_names},
             output_required=False,
@@ -98,14 +92,15 @@ def _require_same(known: Topic, topic: Topic) -> None:
 
 
 def _topic_asset(topic: Topic, writers: Sequence[Consumer], group_name: str | None) -> dg.AssetSpec:
-    key = f"by {topic.key}" if topic.key is not None else "by event id"
+    spread = f"by {topic.key}" if topic.key is not None else "by event id"
+    parts = "1 partition" if topic.partitions == 1 else f"{topic.partitions} partitions {spread}"
     metadata = {"partitions": topic.partitions, "key": topic.key or "(event id)"}
     if topic.retention is not None:
         metadata["retention"] = str(topic.retention)
     return dg.AssetSpec(
         topic_key(topic),
         deps=[consumer_key(writer) for writer in writers],
-        description=f"Topic `{topic.name}`: {topic.partitions} partitions, {key}.",
+        description=f"The topic {topic.name}: {parts}.",
         group_name=group_name,
         metadata=metadata,
         kinds={"stream"},

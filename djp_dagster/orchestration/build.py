@@ -30,6 +30,7 @@ def build_defs(
     workers: int = 1,
     max_lag_age: Duration | None = "15min",
     resources: dict[str, object] | None = None,
+    executor: dg.ExecutorDefinition | None = dg.in_process_executor,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
 ) -> dg.Definitions:
     """Definitions for some consumers: assets, topics, checks, sensors, and the jobs to publish, redrive and seek.
@@ -43,6 +44,8 @@ def build_defs(
         workers: how many resident runs, in worker mode.
         max_lag_age: the check ``lag_below`` fails if the oldest pending event is older; None for no such check.
         resources: what handlers ask for beside the batch.
+        executor: of jobs that name none; None if what it is merged with has one. A process per step takes seconds to
+            start.
         default_status: of the sensors; off until somebody turns them on, unless told.
 
     Raises:
@@ -70,7 +73,7 @@ def build_defs(
         ],
         jobs=[build_publish_job(*_topics(consumers)), build_redrive_job(*consumers), build_seek_job(*consumers)],
         resources={STREAM_KEY: stream if stream is not None else SqlEventStream(), **(resources or {})},
-        executor=dg.in_process_executor,
+        executor=executor,
     )
 
 

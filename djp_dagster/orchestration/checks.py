@@ -7,7 +7,7 @@ changed.
 import json
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import dagster as dg
 import msgspec
@@ -20,9 +20,6 @@ from djp_dagster.processing.consumer import Consumer
 from djp_dagster.resources import SqlEventStream
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
-
-if TYPE_CHECKING:
-    from dagster._core.definitions.events import CoercibleToAssetKey
 
 LAG, DEAD_LETTERS, WORKER = "lag_below", "no_pending_dead_letters", "worker_alive"
 _REPEAT_S = 600.0
@@ -39,7 +36,6 @@ class Verdict(NamedTuple):
 def build_stream_checks(
     consumer: Consumer,
     *,
-    asset: "CoercibleToAssetKey | None" = None,
     max_lag_events: int | None = None,
     max_lag_age: Duration | None = None,
     worker: bool = False,
@@ -52,14 +48,13 @@ def build_stream_checks(
 
     Args:
         consumer: whose group to look at.
-        asset: the asset's key, if `build_stream_asset` was given one.
         max_lag_events: ``lag_below`` fails if more events than this are pending.
         max_lag_age: ``lag_below`` fails if the oldest pending event is older, e.g. ``"5min"``.
         worker: ``worker_alive`` fails if no worker is at work, or one batch takes longer than ``stuck_after``.
         stuck_after: how long a batch may take.
         blocking: whether a failed check holds back what is downstream in the same run.
     """
-    key = consumer_key(consumer) if asset is None else dg.AssetKey.from_coercible(asset)
+    key = consumer_key(consumer)
     limits: dict[str, dict[str, Any]] = {DEAD_LETTERS: {}}
     if max_lag_events is not None or max_lag_age is not None:
         age_s = None if max_lag_age is None else parse_seconds(max_lag_age, name="max_lag_age")

@@ -42,8 +42,8 @@ class Tally:
             start, end = self._spans.get(part.at, (part.start, part.end))
             self._spans[part.at] = (min(start, part.start), max(end, part.end))
 
-    def metadata(self, backlog: Backlog) -> dict[str, dg.MetadataValue[Any]]:
-        """The figures, and those of what is still pending.
+    def metadata(self, backlog: Backlog | None) -> dict[str, dg.MetadataValue[Any]]:
+        """The figures, and those of what is still pending, if that is known.
 
         Numbers: ``events, bytes, batches, emitted, dead_letters, state_changes, seconds, handler_seconds,
         commit_seconds, events_per_second, attempt`` (the highest), ``lag_events, lag_age_seconds``. Text: ``reason``,
@@ -61,7 +61,7 @@ class Tally:
             "commit_seconds": dg.MetadataValue.float(round(self.commit_seconds, 6)),
             "events_per_second": dg.MetadataValue.float(round(self.events / self.seconds, 3) if self.seconds else 0.0),
             "attempt": dg.MetadataValue.int(self.attempt),
-            **lag_metadata(backlog),
+            **({} if backlog is None else lag_metadata(backlog)),
             "reason": dg.MetadataValue.text(", ".join(reason for reason, _ in self._reasons.most_common(5))),
             "last_batch_id": dg.MetadataValue.text(self._last[-1].batch_id if self._last else ""),
             "offsets": self._offsets_table(),

@@ -1,6 +1,6 @@
 """The IO manager of stream assets: storing does nothing, for the commit has done it; loading gives `BatchOutputs`."""
 
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import dagster as dg
 
@@ -29,26 +29,36 @@ class BatchOutputsIOManager(dg.IOManager):
         Raises:
             InvalidSettingError: the input is annotated with something else.
         """
-        wanted = context.dagster_type.typing_type
-        as_arrow = False
-        if get_origin(wanted) is BatchOutputs:
-            as_arrow = getattr(get_args(wanted)[0], "__module__", "").startswith("pyarrow")
-        elif wanted not in (BatchOutputs, Any, object):
+        wanted: Any = context.dagster_type.typing_type
+        if wanted in (Any, object):
+            wanted = BatchOutputs
+        if not (isinstance(wanted, type) and issubclass(wanted, BatchOutputs)):
             raise InvalidSettingError(
-                f"input {context.name!r} of {context.step_context.step.key!r} is annotated {wanted!r}, and "
-                f"{self._group!r} has one output per batch; annotate it BatchOutputs, and choose: .latest(), "
-                ".since(reader), or iterate over all",
+                f"input {context.name!r} is annotated {wanted!r}, and {self._group!r} has one output per batch; "
+                "annotate it BatchOutputs, and choose: .latest(), .since(reader), or iterate over all",
                 setting=context.name,
                 value=str(wanted),
             )
-        step = context.step_context
-        return BatchOutputs(
+        item_type = getattr(wanted, "item_type", None)
+        outputs: BatchOutputs[Any] = wanted(
             stream_of(context.resources),
             self._group,
-            as_arrow=as_arrow,
-            proposer=f"{step.run_id}/{step.step.key}",
-            has_succeeded=lambda proposer: _has_succeeded(step.instance, proposer),
+            as_arrow=getattr(item_type, "__module__", "").startswith("pyarrow"),
+            **_proposer(context),
         )
+        return outputs
+
+
+def _proposer(context: dg.InputContext) -> dict[str, Any]:
+    """Who asks: a step, if there is one; nobody if a person loads the value."""
+    try:
+        step = context.step_context
+    except dg.DagsterInvariantViolationError:
+        return {}
+    return {
+        "proposer": f"{step.run_id}/{step.step.key}",
+        "has_succeeded": lambda proposer: _has_succeeded(step.instance, proposer),
+    }
 
 
 def _has_succeeded(instance: dg.DagsterInstance, proposer: str) -> bool:

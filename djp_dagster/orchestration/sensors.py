@@ -1,37 +1,35 @@
 """Sensors and schedules that ask for runs of a consumer's asset."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import dagster as dg
 
 from djp_dagster.orchestration.jobs import consumer_job, op_name_of
-from djp_dagster.orchestration.runs import request_run
+from djp_dagster.orchestration.runs import request_run, tags_of
+from djp_dagster.orchestration.standing import Suspects
 from djp_dagster.orchestration.step import threshold_config
 from djp_dagster.orchestration.ticks import look
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.threshold import Threshold
 from djp_dagster.resources import SqlEventStream
 
-if TYPE_CHECKING:
-    from dagster._core.definitions.events import CoercibleToAssetKey
-
 
 def run_sensor(
     consumer: Consumer,
     *,
-    asset: "CoercibleToAssetKey | None",
     threshold: Threshold | None,
     name: str,
     description: str,
+    run_tags: Mapping[str, str] | None,
     minimum_interval_seconds: int,
     default_status: dg.DefaultSensorStatus,
 ) -> dg.SensorDefinition:
     """A sensor that runs the consumer's asset when something (or enough) is pending, one run at a time."""
-    config = {} if threshold is None else _run_config(consumer, asset, threshold)
+    config = {} if threshold is None else {"ops": {op_name_of(consumer): {"config": threshold_config(threshold)}}}
 
     @dg.sensor(
         name=name,
-        job=consumer_job(consumer, asset),
+        job=consumer_job(consumer),
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=default_status,
         description=description,
@@ -43,7 +41,10 @@ def run_sensor(
         seen = look(stream, consumer, threshold)
         if seen.reason is None:
             return dg.SkipReason(seen.why_not)
-        return request_run(context.instance, stream, consumer.group, seen, run_config=config)
+        suspects = Suspects(context.cursor)
+        found = request_run(context.instance, stream, consumer.group, seen, suspects, tags=run_tags, run_config=config)
+        context.update_cursor(suspects.cursor)
+        return found
 
     return consumer_sensor
 
@@ -53,16 +54,16 @@ def run_schedule(
     *,
     cron_schedule: str,
     execution_timezone: str | None,
-    asset: "CoercibleToAssetKey | None",
     name: str,
     description: str,
+    run_tags: Mapping[str, str] | None,
     default_status: dg.DefaultScheduleStatus,
 ) -> dg.ScheduleDefinition:
-    """A schedule that runs the consumer's asset, unless nothing is pending or a run is under way."""
+    """A schedule that runs the consumer's asset, unless nothing is pending."""
 
     @dg.schedule(
         name=name,
-        job=consumer_job(consumer, asset),
+        job=consumer_job(consumer),
         cron_schedule=cron_schedule,
         execution_timezone=execution_timezone,
         default_status=default_status,
@@ -75,13 +76,7 @@ def run_schedule(
         seen = look(stream, consumer)
         if seen.reason is None:
             return dg.SkipReason(seen.why_not)
-        # A holder is waited for by the run: what piled up until now is to be done now, whoever does it.
-        return request_run(context.instance, stream, consumer.group, seen._replace(holder=None))
+        # Whoever is at work now may have been told to leave a remainder: the run waits for it, and does the rest.
+        return dg.RunRequest(tags={**(run_tags or {}), **tags_of(stream, consumer.group, seen)})
 
     return consumer_schedule
-
-
-def _run_config(
-    consumer: Consumer, asset: "CoercibleToAssetKey | None", threshold: Threshold
-) -> dict[str, dict[str, object]]:
-    return {"ops": {op_name_of(consumer, asset): {"config": threshold_config(threshold)}}}

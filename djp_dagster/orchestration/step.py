@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import dagster as dg
 from pydantic import Field
 
+from djp_dagster.errors import TransientError
 from djp_dagster.orchestration.metadata import Tally
-from djp_dagster.orchestration.tags import BATCH_TAG, GROUP_TAG, STREAM_KEY, owner_of
+from djp_dagster.orchestration.tags import BATCH_TAG, GROUP_TAG, STREAM_KEY, STREAM_TAG, owner_of
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.run import RunReport, run_pending
 from djp_dagster.processing.threshold import Threshold
 from djp_dagster.resources import SqlEventStream
-from djp_dagster.streams.model import Intent
+from djp_dagster.streams.model import Backlog, Intent
 from djp_dagster.streams.stream import EventStream
 
 
@@ -49,6 +50,14 @@ def threshold_config(threshold: Threshold) -> dict[str, object]:
     return {"threshold": {name: value for name, value in given.items() if value is not None}}
 
 
+def backlog_of(stream: EventStream, group: str) -> Backlog | None:
+    """What is pending now; None if the stream is away, which must not hide what was committed."""
+    try:
+        return stream.pending(group)
+    except TransientError:
+        return None
+
+
 def stream_of(resources: object) -> EventStream:
     """The open stream of a step's or a tick's resources."""
     resource: SqlEventStream = getattr(resources, STREAM_KEY)
@@ -77,16 +86,18 @@ def _process(
     context: dg.OpExecutionContext | dg.AssetExecutionContext, consumer: Consumer, config: ProcessConfig, tally: Tally
 ) -> RunReport:
     resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
+    stream = resource.open()
+    tags = {GROUP_TAG: consumer.group, STREAM_TAG: stream.incarnation}
     tagged = False
 
     def tag(intent: Intent) -> None:
         nonlocal tagged
         if not tagged:
             tagged = True
-            context.instance.add_run_tags(context.run_id, {GROUP_TAG: consumer.group, BATCH_TAG: intent.batch_id})
+            context.instance.add_run_tags(context.run_id, {**tags, BATCH_TAG: intent.batch_id})
 
     return run_pending(
-        resource.open(),
+        stream,
         consumer,
         threshold=None if config.threshold is None else config.threshold.threshold(),
         resources={name: getattr(context.resources, name) for name in consumer.resource_names},

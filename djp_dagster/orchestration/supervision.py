@@ -2,15 +2,16 @@
 
 The sensor asks for ``workers`` runs, each in a slot of its own. A tick, for each slot:
 
-1. A run under way whose process is gone (it has not said for a lease that it is there) is fenced off, by raising the
-   epochs of what it held, and then reported to Dagster as failed.
-2. A run on other code than the sensor's, started before the sensor was loaded, is outdated; so is one older than
-   ``max_runtime``. It goes on until another is ready. (A run started later has read the same files, or newer: until
-   Dagster has loaded the sensor anew, which takes the daemon a minute, workers may be ahead of it.)
+1. A run under way that has died (`djp_dagster.orchestration.standing` tells how that shows) is fenced off and reported
+   to Dagster as failed.
+2. A run on other code than the sensor's, asked for by a sensor on other code, is outdated; so is one older than
+   ``max_runtime``. It goes on until another is ready. (A run this code asked for may be ahead of it: runs load the
+   files there are, and Dagster's daemon loads the sensor anew only once a minute.)
 3. If the slot has no run under way that is not outdated, one is asked for, told whom it replaces: once ready, it asks
    them to leave, and they finish the batch under way and give everything back.
-4. If that run stays in Dagster's queue for long, the tick itself asks the outdated one to leave: it may be what takes
-   the last place.
+4. If the new run is at work and another one still is, or if the new one does not come to work for long (the other may
+   be what takes the last place in the queue, or in a pool), the tick itself asks the other to leave. So it does in
+   slots that are no longer wanted.
 
 A run key names the last run of the slot that ended, and the one to replace, so a tick evaluated twice asks once. Runs
 that end soon after their start are followed by ever longer pauses. Everything a tick reads may be wiped: a second
@@ -24,15 +25,13 @@ from typing import NamedTuple
 
 import dagster as dg
 
-from djp_dagster.errors import UnknownGroupError
-from djp_dagster.orchestration.runs import FINISHED, fence_off, has_lapsed, in_flight, report_dead, tasks_of
-from djp_dagster.orchestration.tags import CODE_TAG, WORKER_TAG, owner_of, run_id_of
+from djp_dagster.orchestration.runs import FINISHED, in_flight
+from djp_dagster.orchestration.standing import Lookout, Standing, Suspects, tasks_of
+from djp_dagster.orchestration.tags import ASKED_BY_TAG, CODE_TAG, SLOT_TAG, WORKER_TAG, owner_of
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.streams.model import MemberInfo
 from djp_dagster.streams.stream import EventStream
 
-_GRACE_S = 60.0
-_QUEUED_TOO_LONG_S = 60.0
+_TOO_LONG_S = 60.0
 _SHORT_LIFE_S = 60.0
 _PAUSES_S = (0.0, 0.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -41,15 +40,19 @@ class Crew(NamedTuple):
     """What a worker sensor wants: who works, on what code, and how long.
 
     Attributes:
-        loaded_at: when this code was loaded, in seconds since 1970.
+        tag: tells its runs from those of all other worker sensors.
     """
 
-    name: str
+    tag: str
     consumers: tuple[Consumer, ...]
     workers: int
     code_version: str
-    loaded_at: float
     max_runtime_s: float | None
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups it works for."""
+        return [consumer.group for consumer in self.consumers]
 
 
 def crew_code_version(consumers: Sequence[Consumer]) -> str:
@@ -61,94 +64,86 @@ def crew_code_version(consumers: Sequence[Consumer]) -> str:
 class Launch(NamedTuple):
     """A run to ask for."""
 
-    slot: int
     run_key: str
     tags: dict[str, str]
     replaces: list[str]
 
 
-def supervise(instance: dg.DagsterInstance, stream: EventStream, crew: Crew) -> tuple[list[Launch], list[str]]:
+def supervise(
+    instance: dg.DagsterInstance, stream: EventStream, crew: Crew, suspects: Suspects
+) -> tuple[list[Launch], list[str]]:
     """One tick: the runs to ask for, and what to say of the other slots."""
-    members = _members(stream, crew.consumers)
+    slots: dict[str, list[Seen]] = {}
+    lookout = Lookout(instance, stream, crew.groups, suspects)
+    for record in in_flight(instance, {WORKER_TAG: crew.tag}):
+        standing = lookout.standing_of(record)
+        if standing.counts:
+            seen = Seen(record, standing, _is_outdated(record, crew))
+            slots.setdefault(record.dagster_run.tags.get(SLOT_TAG, ""), []).append(seen)
+    wanted = [str(slot) for slot in range(crew.workers)]
+    missing = [slot for slot in wanted if all(seen.outdated for seen in slots.get(slot, []))]
+    ended = _ended(instance, crew) if missing else {}
     launches: list[Launch] = []
     told: list[str] = []
-    for slot in range(crew.workers):
-        outcome = _tend(instance, stream, crew, slot, members)
-        if isinstance(outcome, Launch):
-            launches.append(outcome)
+    for slot in wanted:
+        under_way = slots.get(slot, [])
+        if slot not in missing:
+            told.append(f"worker {slot}: {_settle(stream, crew, under_way)}")
+        elif (wait_s := _left_to_wait(ended.get(slot, []))) > 0:
+            told.append(f"worker {slot} ended soon after its start; trying again in {wait_s:.0f} s")
         else:
-            told.append(f"worker {slot} {outcome}")
+            launches.append(_launch(crew, slot, ended.get(slot, []), under_way))
+    for slot in set(slots) - set(wanted):
+        _ask_to_leave(stream, crew, slots[slot])
     return launches, told
 
 
-def _members(stream: EventStream, consumers: Sequence[Consumer]) -> dict[str, list[MemberInfo]]:
-    """The memberships of each run, in all groups."""
-    found: dict[str, list[MemberInfo]] = {}
-    for consumer in consumers:
-        try:
-            members = stream.coordinator.members(consumer.group)
-        except UnknownGroupError:
-            continue
-        for member in members:
-            run_id = run_id_of(member.owner)
-            if run_id is not None:
-                found.setdefault(run_id, []).append(member)
-    return found
+class Seen(NamedTuple):
+    """A run under way, as a tick sees it."""
+
+    record: dg.RunRecord
+    standing: Standing
+    outdated: bool
+
+    @property
+    def run_id(self) -> str:
+        """Its id."""
+        return self.record.dagster_run.run_id
 
 
-def _tend(
-    instance: dg.DagsterInstance, stream: EventStream, crew: Crew, slot: int, members: dict[str, list[MemberInfo]]
-) -> Launch | str:
-    tag = f"{crew.name}:{slot}"
-    under_way = [
-        record
-        for record in in_flight(instance, WORKER_TAG, tag)
-        if not _reported_dead(instance, stream, crew, record, members)
-    ]
-    outdated = [record for record in under_way if _is_outdated(record, crew)]
-    current = [record for record in under_way if record not in outdated]
-    if current:
-        newest = current[0]
-        if outdated and _is_stuck_in_queue(newest):
-            _ask_to_leave(stream, crew, outdated)
-        return _state(newest, members)
-    last = instance.get_run_records(dg.RunsFilter(tags={WORKER_TAG: tag}, statuses=FINISHED), limit=len(_PAUSES_S))
-    wait_s = _left_to_wait(last)
-    if wait_s > 0:
-        return f"ended soon after its start {_short_lives(last)} times in a row; trying again in {wait_s:.0f} s"
-    before = ":".join(record.dagster_run.run_id[:8] for record in (*last[:1], *outdated[:1]))
+def _settle(stream: EventStream, crew: Crew, under_way: Sequence[Seen]) -> str:
+    """A slot that has what it needs: see to it that whoever else is in it goes."""
+    newest = next(seen for seen in under_way if not seen.outdated)
+    others = [seen for seen in under_way if seen is not newest]
+    if others and (newest.standing.at_work or _is_held_up(newest.record)):
+        _ask_to_leave(stream, crew, others)
+    return newest.standing.told
+
+
+def _launch(crew: Crew, slot: str, ended: Sequence[dg.RunRecord], outdated: Sequence[Seen]) -> Launch:
+    before = [record.dagster_run.run_id for record in ended[:1]] + [seen.run_id for seen in outdated[:1]]
     return Launch(
-        slot=slot,
-        run_key=f"{tag}:{crew.code_version}:{before or 'first'}",
+        run_key=":".join([crew.tag, slot, crew.code_version, *(run_id[:8] for run_id in before)]),
         # A limit on the runtime of all runs is not meant for those that stay; `max_runtime` is.
-        tags={WORKER_TAG: tag, CODE_TAG: crew.code_version, "dagster/max_runtime": "0"},
-        replaces=[record.dagster_run.run_id for record in outdated],
+        # Nor are retries: the sensor sees to that.
+        tags={
+            WORKER_TAG: crew.tag,
+            SLOT_TAG: slot,
+            ASKED_BY_TAG: crew.code_version,
+            "dagster/max_runtime": "0",
+            "dagster/max_retries": "0",
+        },
+        replaces=[seen.run_id for seen in outdated],
     )
 
 
-def _reported_dead(
-    instance: dg.DagsterInstance,
-    stream: EventStream,
-    crew: Crew,
-    record: dg.RunRecord,
-    members: dict[str, list[MemberInfo]],
-) -> bool:
-    """Report a worker run as failed that was there, or should be by now, and is not; whether it was."""
-    run = record.dagster_run
-    if run.status not in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING):
-        return False
-    mine = members.get(run.run_id, [])
-    if any(member.live for member in mine):
-        return False
-    owner = owner_of(run.run_id)
-    lapsed = any(has_lapsed(task, owner) for consumer in crew.consumers for task in tasks_of(stream, consumer.group))
-    never_came = time.time() - (record.start_time or time.time()) > _GRACE_S
-    if not (mine or lapsed or never_came):
-        return False
-    for consumer in crew.consumers:
-        fence_off(stream, consumer.group, owner)
-    report_dead(instance, run, "it has not been heard of for longer than a lease")
-    return True
+def _ended(instance: dg.DagsterInstance, crew: Crew) -> dict[str, list[dg.RunRecord]]:
+    """The last runs of each slot that have ended, the newest first."""
+    filters = dg.RunsFilter(tags={WORKER_TAG: crew.tag}, statuses=FINISHED)
+    slots: dict[str, list[dg.RunRecord]] = {}
+    for record in instance.get_run_records(filters, limit=len(_PAUSES_S) * crew.workers):
+        slots.setdefault(record.dagster_run.tags.get(SLOT_TAG, ""), []).append(record)
+    return slots
 
 
 def _is_outdated(record: dg.RunRecord, crew: Crew) -> bool:
@@ -158,30 +153,19 @@ def _is_outdated(record: dg.RunRecord, crew: Crew) -> bool:
         return False  # it will load the code there is when it starts
     started = record.start_time or time.time()
     too_old = crew.max_runtime_s is not None and time.time() - started > crew.max_runtime_s
-    other_code = record.dagster_run.tags.get(CODE_TAG) != crew.code_version
-    return too_old or (other_code and started < crew.loaded_at)
+    tags = record.dagster_run.tags
+    return too_old or crew.code_version not in (tags.get(CODE_TAG), tags.get(ASKED_BY_TAG))
 
 
-def _is_stuck_in_queue(record: dg.RunRecord) -> bool:
-    queued = record.dagster_run.status == dg.DagsterRunStatus.QUEUED
-    return queued and time.time() - record.create_timestamp.timestamp() > _QUEUED_TOO_LONG_S
+def _is_held_up(record: dg.RunRecord) -> bool:
+    return time.time() - record.create_timestamp.timestamp() > _TOO_LONG_S
 
 
-def _ask_to_leave(stream: EventStream, crew: Crew, outdated: Sequence[dg.RunRecord]) -> None:
-    for record in outdated:
-        for consumer in crew.consumers:
-            stream.coordinator.ask_to_leave(consumer.group, owner_of(record.dagster_run.run_id))
-
-
-def _state(record: dg.RunRecord, members: dict[str, list[MemberInfo]]) -> str:
-    run = record.dagster_run
-    if run.status == dg.DagsterRunStatus.QUEUED:
-        return f"waits in the queue (run {run.run_id[:8]})"
-    mine = members.get(run.run_id, [])
-    if not mine:
-        return f"is starting (run {run.run_id[:8]})"
-    paused = sum(member.paused for member in mine)
-    return f"is at work (run {run.run_id[:8]})" + (f", {paused} of its consumers paused" if paused else "")
+def _ask_to_leave(stream: EventStream, crew: Crew, outdated: Sequence[Seen]) -> None:
+    for seen in outdated:
+        for group in crew.groups:
+            if tasks_of(stream, group):
+                stream.coordinator.ask_to_leave(group, owner_of(seen.run_id))
 
 
 def _short_lives(last: Sequence[dg.RunRecord]) -> int:

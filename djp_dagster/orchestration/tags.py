@@ -7,6 +7,8 @@ from djp_dagster.streams.topics import Topic
 
 GROUP_TAG = "djp/group"
 """The consumer group a run works for."""
+STREAM_TAG = "djp/stream"
+"""The incarnation of the stream it works on."""
 DIGEST_TAG = "djp/digest"
 """What the group had done when the run was asked for."""
 REASON_TAG = "djp/reason"
@@ -14,9 +16,13 @@ REASON_TAG = "djp/reason"
 BATCH_TAG = "djp/batch_id"
 """The first batch the run began."""
 WORKER_TAG = "djp/worker"
-"""The name of the worker sensor that asked for the run, and which of its runs it is: ``shop:0``, ``shop:1``, ..."""
+"""The workers a run belongs to: their name, the code location, and the stream they work on."""
+SLOT_TAG = "djp/worker_slot"
+"""Which of the workers it is: 0, 1, ..."""
 CODE_TAG = "djp/code_version"
-"""The code version of a worker run's consumers."""
+"""The code version of a worker run's consumers, as the run itself loaded them."""
+ASKED_BY_TAG = "djp/asked_by_code_version"
+"""The code version of the worker sensor that asked for the run."""
 
 STREAM_KEY = "event_stream"
 """The resource key of the stream."""
@@ -43,5 +49,5 @@ def topic_key(topic: Topic | str) -> dg.AssetKey:
 
 
 def consumer_key(consumer: Consumer) -> dg.AssetKey:
-    """The key of a consumer's asset, unless the builder was given another."""
-    return dg.AssetKey(consumer.group)
+    """The key of a consumer's asset."""
+    return dg.AssetKey(list(consumer.asset_key))

@@ -12,6 +12,8 @@ from djp_dagster.processing.threshold import Threshold
 from djp_dagster.streams.model import Backlog, TaskInfo
 from djp_dagster.streams.stream import EventStream
 
+_MUST_BEGIN = "the group must begin before what it is to handle is appended"
+
 
 class Look(NamedTuple):
     """What a tick saw of a group.
@@ -50,7 +52,7 @@ def look(stream: EventStream, consumer: Consumer, threshold: Threshold | None = 
     holders = {task.owner for task in tasks if not task.worth_asking}
     held_by = sorted(holder for holder in holders if holder is not None)
     all_held = bool(tasks) and all(not task.worth_asking for task in tasks)
-    return Look(reason, "", ", ".join(held_by) if all_held else None, _digest(stream, group, tasks))
+    return Look(reason, "", ", ".join(held_by) if all_held else None, _digest(stream, consumer, tasks))
 
 
 def _reason(
@@ -73,16 +75,22 @@ def _first_look(stream: EventStream, consumer: Consumer, threshold: Threshold | 
     try:
         spans = stream.log.spans([topic.name for topic in consumer.topics])
     except UnknownTopicError as error:
+        if consumer.start != "earliest":
+            return Look(_MUST_BEGIN, "", None, _first_digest(stream, consumer))
         return Look(None, f"nothing was published yet: topic {error.facts.get('topic')!r} does not exist")
     backlog = stream.log.backlog({at: span.begin for at, span in spans.items()})
     if threshold is not None and consumer.start == "earliest":
         reached = threshold.reached(backlog)
         reason = None if reached is None else f"{reached} reached: {_size(backlog)}"
-    else:
-        # A group that starts at "latest" must exist before what it is to handle is appended.
+    elif consumer.start == "earliest":
         reason = "first events" if backlog.events else None
-    digest = hashlib.sha256(f"{stream.incarnation}:{consumer.group}".encode()).hexdigest()[:16]
-    return Look(reason, _waiting_for(backlog, threshold), None, digest)
+    else:
+        reason = _MUST_BEGIN
+    return Look(reason, _waiting_for(backlog, threshold), None, _first_digest(stream, consumer))
+
+
+def _first_digest(stream: EventStream, consumer: Consumer) -> str:
+    return _hash(stream.incarnation, consumer.group, consumer.code_version)
 
 
 def _waiting_for(pending: Backlog, threshold: Threshold | None) -> str:
@@ -104,11 +112,18 @@ def describe_threshold(threshold: Threshold | None) -> str:
     return " or ".join(f"{name} {limit}" for name, limit in limits.items() if limit is not None)
 
 
-def _digest(stream: EventStream, group: str, tasks: list[TaskInfo]) -> str:
+def _digest(stream: EventStream, consumer: Consumer, tasks: list[TaskInfo]) -> str:
+    group = consumer.group
     positions = sorted(stream.positions(group).items())
     # Positions alone come back after a seek.
     commits = [task.last_batch for task in tasks]
     asked = [request.id for request in stream.coordinator.requests(group)]
     due = stream.coordinator.next_deadline(group, [task.task for task in tasks])
-    seen = (stream.incarnation, group, positions, commits, asked, due)
+    # What the search for a poison record has learnt is progress, too, though it costs a run's life each time.
+    learnt = [(one.batch_id, one.deaths, one.probe, one.poison) for one in stream.coordinator.intents(group)]
+    # New code may do better at once.
+    return _hash(stream.incarnation, group, consumer.code_version, positions, commits, asked, due, learnt)
+
+
+def _hash(*seen: object) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ handlers run in the main thread, as in run mode; a second thread watches for bat
 """
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -15,8 +16,9 @@ from types import FrameType
 import dagster as dg
 from pydantic import Field
 
-from djp_dagster.errors import DjpError, TransientError
+from djp_dagster.errors import DjpError
 from djp_dagster.orchestration.metadata import Tally
+from djp_dagster.orchestration.step import backlog_of
 from djp_dagster.orchestration.tags import CODE_TAG, STREAM_KEY, owner_of
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.reports import BatchReport
@@ -25,6 +27,7 @@ from djp_dagster.resources import SqlEventStream
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
+_log = logging.getLogger(__name__)
 _LOOK_AT_RUN_S = 5.0
 
 
@@ -77,8 +80,7 @@ def work(
         try:
             worker.run(stop)
         finally:
-            with contextlib.suppress(TransientError):  # the stream is away; it knows what was committed
-                summaries.tell(all_of_it=True)
+            summaries.tell(all_of_it=True)
     if worker.replaced:
         context.log.info("another worker run has taken over")
     elif signals or stop.is_set():
@@ -115,9 +117,9 @@ class Summaries:
         now = time.monotonic()
         for group in list(self._tallies):
             if all_of_it or now - self._told_at.get(group, -self._every_s) >= self._every_s:
-                backlog = self._stream.pending(group)  # first: an outage must not lose the tally
-                metadata = self._tallies.pop(group).metadata(backlog)
+                metadata = self._tallies[group].metadata(backlog_of(self._stream, group))
                 self._context.log_event(dg.AssetMaterialization(self._keys[group], metadata=metadata))
+                del self._tallies[group]  # now: what Dagster could not take is told later
                 # It is in the event log; the op would keep a copy for as long as it lives.
                 list(self._context.consume_events())
                 self._told_at[group] = now
@@ -134,6 +136,13 @@ class _Beat:
         self._looked_at = time.monotonic()
 
     def __call__(self) -> None:
+        try:
+            self._beat()
+        except Exception:  # noqa: BLE001
+            # Dagster's storage is away or busy. The work goes on, and is told of at the next beat.
+            _log.warning("a worker could not tell Dagster what it did, and tries again", exc_info=True)
+
+    def _beat(self) -> None:
         self._summaries.tell()
         if time.monotonic() - self._looked_at < _LOOK_AT_RUN_S:
             return
@@ -209,4 +218,4 @@ def _stopping_at_signals(stop: threading.Event) -> Iterator[list[int]]:
         yield seen
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

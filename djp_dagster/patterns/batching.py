@@ -5,7 +5,7 @@ differs. Age counts from when the oldest pending event was appended, by the stre
 a sensor that was off for a day change nothing about it.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import dagster as dg
 
@@ -15,16 +15,13 @@ from djp_dagster.orchestration.ticks import describe_threshold
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.threshold import Threshold
 
-if TYPE_CHECKING:
-    from dagster._core.definitions.events import CoercibleToAssetKey
-
 
 def build_batch_sensor(
     consumer: Consumer,
     *,
     threshold: Threshold,
     name: str | None = None,
-    asset: "CoercibleToAssetKey | None" = None,
+    run_tags: Mapping[str, str] | None = None,
     minimum_interval_seconds: int = 30,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
 ) -> dg.SensorDefinition:
@@ -38,7 +35,7 @@ def build_batch_sensor(
         consumer: whose asset to run.
         threshold: how much must pile up, or for how long.
         name: the sensor's name; ``<group>_batch_sensor`` unless given.
-        asset: the asset's key, if `build_stream_asset` was given one.
+        run_tags: tags of the runs, such as a priority or what a launcher wants to know.
         minimum_interval_seconds: how often to look.
         default_status: off until somebody turns it on, unless told.
 
@@ -52,7 +49,7 @@ def build_batch_sensor(
     """
     return run_sensor(
         consumer,
-        asset=asset,
+        run_tags=run_tags,
         threshold=threshold,
         name=name or f"{identifier(consumer.group)}_batch_sensor",
         description=f"Runs {consumer.group} when {describe_threshold(threshold)} is reached.",
@@ -67,26 +64,26 @@ def build_batch_schedule(
     cron_schedule: str,
     execution_timezone: str | None = None,
     name: str | None = None,
-    asset: "CoercibleToAssetKey | None" = None,
+    run_tags: Mapping[str, str] | None = None,
     default_status: dg.DefaultScheduleStatus = dg.DefaultScheduleStatus.STOPPED,
 ) -> dg.ScheduleDefinition:
     """A schedule that runs the consumer's asset: everything up to the ends at the run's start, however little it is.
 
-    It skips if nothing is pending, or a run is under way.
+    It skips if nothing is pending. Its run waits for whoever is at work, and does what is left then.
 
     Args:
         consumer: whose asset to run.
         cron_schedule: when, e.g. ``"0 3 * * *"``.
         execution_timezone: an IANA name; UTC unless given.
         name: the schedule's name; ``<group>_schedule`` unless given.
-        asset: the asset's key, if `build_stream_asset` was given one.
+        run_tags: tags of the runs, such as a priority or what a launcher wants to know.
         default_status: off until somebody turns it on, unless told.
     """
     return run_schedule(
         consumer,
         cron_schedule=cron_schedule,
         execution_timezone=execution_timezone,
-        asset=asset,
+        run_tags=run_tags,
         name=name or f"{identifier(consumer.group)}_schedule",
         description=f"Runs {consumer.group} with everything pending, by the clock.",
         default_status=default_status,

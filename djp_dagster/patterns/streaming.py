@@ -9,10 +9,9 @@ A consumer says what to do with a batch. Here is who does it, and when:
 ==========================  ==============================================================  ======================
 
 They may meet: the consumer group's lease lets one of them work on a task at a time, and the others wait or go away. A
-tick writes nothing to the stream, and its run request is a hint; wiping cursors, run keys, tags and runs loses nothing.
+tick moves nothing, and its run request is a hint; wiping cursors, run keys, tags and runs loses nothing.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,8 @@ import dagster as dg
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.orchestration.assets import consumer_asset, topic_assets
 from djp_dagster.orchestration.sensors import run_sensor
-from djp_dagster.orchestration.step import ProcessConfig, processed, stream_of
+from djp_dagster.orchestration.standing import Suspects
+from djp_dagster.orchestration.step import ProcessConfig, backlog_of, processed, stream_of
 from djp_dagster.orchestration.supervision import Crew, crew_code_version, supervise
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, identifier
 from djp_dagster.orchestration.worker_run import WorkerConfig, work
@@ -32,25 +32,21 @@ from djp_dagster.streams.topics import Topic, check_name
 from djp_dagster.units import Duration, is_count, parse_seconds
 
 if TYPE_CHECKING:
-    from dagster._core.definitions.events import CoercibleToAssetKey
     from typing_extensions import Unpack
 
     from djp_dagster.orchestration.assets import AssetOptions
 
 
-def build_stream_asset(
-    consumer: Consumer, *, key: "CoercibleToAssetKey | None" = None, **options: "Unpack[AssetOptions]"
-) -> dg.AssetsDefinition:
+def build_stream_asset(consumer: Consumer, **options: "Unpack[AssetOptions]") -> dg.AssetsDefinition:
     """The consumer as an asset: a run processes what is pending, and materializes if that was anything.
 
     Upstream of it are the topics it reads. What its handler returns can be read downstream as `BatchOutputs`.
 
     Args:
         consumer: what to do.
-        key: the asset's key; the consumer group's name unless given.
         **options: what ``dg.asset`` takes: ``deps, group_name, owners, tags, kinds, metadata, description, pool,
-            automation_condition, freshness_policy, backfill_policy, retry_policy, hooks, op_tags, check_specs,
-            resource_defs``.
+            automation_condition, freshness_policy, backfill_policy, hooks, op_tags, resource_defs``. Its key, code
+            version and retries are the consumer's.
 
     Raises:
         InvalidSettingError: an option that follows from the consumer.
@@ -63,17 +59,17 @@ def build_stream_asset(
         >>> build_stream_asset(count, group_name="shop", owners=["team:shop"]).key.to_user_string()
         'count'
     """
-    return consumer_asset(consumer, key=key, options=options)
+    return consumer_asset(consumer, options=options)
 
 
-def build_topic_assets(*consumers: Consumer | Topic, group_name: str | None = "topics") -> list[dg.AssetSpec]:
+def build_topic_assets(*consumers: Consumer | Topic, group_name: str | None = None) -> list[dg.AssetSpec]:
     """The topics of the consumers as external assets ``topics/<name>``: lineage from topic to consumer to topic.
 
     One code location should own them and name every consumer; others refer to them by key.
 
     Args:
         *consumers: whose topics, read or emitted to; or topics by themselves.
-        group_name: their group in the UI.
+        group_name: their group in the UI; that of everything without one, unless given.
 
     Raises:
         InvalidSettingError: two declarations of one topic differ.
@@ -85,7 +81,7 @@ def build_stream_sensor(
     consumer: Consumer,
     *,
     name: str | None = None,
-    asset: "CoercibleToAssetKey | None" = None,
+    run_tags: Mapping[str, str] | None = None,
     minimum_interval_seconds: int = 5,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
 ) -> dg.SensorDefinition:
@@ -97,13 +93,13 @@ def build_stream_sensor(
     Args:
         consumer: whose asset to run.
         name: the sensor's name; ``<group>_sensor`` unless given.
-        asset: the asset's key, if `build_stream_asset` was given one.
+        run_tags: tags of the runs, such as a priority or what a launcher wants to know.
         minimum_interval_seconds: how often to look; Dagster looks every 5 s at best.
         default_status: off until somebody turns it on, unless told.
     """
     return run_sensor(
         consumer,
-        asset=asset,
+        run_tags=run_tags,
         threshold=None,
         name=name or f"{identifier(consumer.group)}_sensor",
         description=f"Runs {consumer.group} when something is pending for it.",
@@ -121,7 +117,7 @@ def build_worker_sensor(
     max_runtime: Duration | None = "24h",
     report_every: Duration = "30s",
     stuck_after: Duration = "10min",
-    assets: "Mapping[str, CoercibleToAssetKey] | None" = None,
+    run_tags: Mapping[str, str] | None = None,
     pool: str | None = None,
     minimum_interval_seconds: int = 5,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
@@ -129,9 +125,11 @@ def build_worker_sensor(
     """A sensor that keeps worker runs at work: long runs that loop over the consumers, milliseconds behind the stream.
 
     Workers share the tasks (partitions) of each consumer evenly; if one dies, the others take over after one lease, and
-    the sensor replaces it. On changed code, or after ``max_runtime``, a new run takes over from the old one without a
-    gap. A terminated run finishes and commits the batch under way. Each worker run takes a place in Dagster's run queue
-    for as long as it lives. Turning the sensor off leaves its runs at work: terminate them.
+    the sensor replaces it. On changed code, or after ``max_runtime``, a new run starts, then takes over from the old
+    one within about two seconds. A terminated run finishes and commits the batch under way. Each worker run takes a
+    place in Dagster's run queue for as long as it lives; a ``pool`` must have one place more than there are workers, or
+    a hand-over waits a minute. Turning the sensor off, or renaming the workers, leaves their runs at work: terminate
+    them.
 
     Args:
         consumers: what each worker runs.
@@ -141,7 +139,7 @@ def build_worker_sensor(
         max_runtime: how long one run stays; None for ever.
         report_every: at most one materialization per consumer and worker in this time.
         stuck_after: a batch that takes longer is reported as an error in the run's log.
-        assets: the asset keys of groups whose `build_stream_asset` was given one.
+        run_tags: tags of the runs, such as a priority or what a launcher wants to know.
         pool: a Dagster concurrency pool for the worker runs.
         minimum_interval_seconds: how often to look; Dagster looks every 5 s at best.
         default_status: off until somebody turns it on, unless told.
@@ -151,7 +149,7 @@ def build_worker_sensor(
     """
     name = check_name("worker", name or "worker")
     crew = _crew(name, consumers, workers, max_runtime)
-    job = _worker_job(crew, assets or {}, pool)
+    job = _worker_job(name, crew, pool)
     config = {
         "lease": f"{parse_seconds(lease, name='lease')}s",
         "report_every": f"{parse_seconds(report_every, name='report_every')}s",
@@ -167,11 +165,15 @@ def build_worker_sensor(
         f"{', '.join(consumer.group for consumer in crew.consumers)}.",
     )
     def worker_sensor(context: dg.SensorEvaluationContext, event_stream: SqlEventStream) -> dg.SensorResult:
-        launches, told = supervise(context.instance, event_stream.open(), crew)
+        stream = event_stream.open()
+        mine = crew._replace(tag=f"{name}@{_location_of(context)}/{stream.incarnation[:8]}")
+        suspects = Suspects(context.cursor)
+        launches, told = supervise(context.instance, stream, mine, suspects)
+        context.update_cursor(suspects.cursor)
         requests = [
             dg.RunRequest(
                 run_key=launch.run_key,
-                tags=launch.tags,
+                tags={**(run_tags or {}), **launch.tags},
                 run_config={"ops": {job.name[: -len("_job")]: {"config": {**config, "replaces": launch.replaces}}}},
             )
             for launch in launches
@@ -199,11 +201,16 @@ def process_batch_op(consumer: Consumer, *, name: str | None = None) -> dg.OpDef
     )
     def process_batch(context: dg.OpExecutionContext, config: ProcessConfig) -> int:
         with processed(context, consumer, config) as done:
-            backlog = stream_of(context.resources).pending(consumer.group)
+            backlog = backlog_of(stream_of(context.resources), consumer.group)
             context.add_output_metadata(done.metadata(backlog))
             return done.events
 
     return process_batch
+
+
+def _location_of(context: dg.SensorEvaluationContext) -> str:
+    origin = context.code_location_origin
+    return origin.location_name if origin is not None else ""
 
 
 def _crew(name: str, consumers: Sequence[Consumer], workers: int, max_runtime: Duration | None) -> Crew:
@@ -215,22 +222,21 @@ def _crew(name: str, consumers: Sequence[Consumer], workers: int, max_runtime: D
     if not is_count(workers) or workers < 1:
         raise InvalidSettingError(f"workers={workers!r} must be 1 or more", setting="workers", value=workers)
     max_runtime_s = None if max_runtime is None else parse_seconds(max_runtime, name="max_runtime")
-    return Crew(name, tuple(consumers), workers, crew_code_version(consumers), time.time(), max_runtime_s)
+    return Crew(name, tuple(consumers), workers, crew_code_version(consumers), max_runtime_s)
 
 
-def _worker_job(crew: Crew, assets: "Mapping[str, CoercibleToAssetKey]", pool: str | None) -> dg.JobDefinition:
+def _worker_job(name: str, crew: Crew, pool: str | None) -> dg.JobDefinition:
     keys = {consumer.group: consumer_key(consumer) for consumer in crew.consumers}
-    keys |= {group: dg.AssetKey.from_coercible(key) for group, key in assets.items()}
     resources = {name for consumer in crew.consumers for name in consumer.resource_names}
 
     # No retry policy: it would make Dagster start a terminated worker again.
-    @dg.op(name=identifier(crew.name), required_resource_keys={STREAM_KEY, *resources}, pool=pool)
+    @dg.op(name=identifier(name), required_resource_keys={STREAM_KEY, *resources}, pool=pool)
     def run_worker(context: dg.OpExecutionContext, config: WorkerConfig) -> None:
         """Work until terminated or replaced."""
         work(context, crew.consumers, keys, crew.code_version, config)
 
     @dg.job(
-        name=f"{identifier(crew.name)}_job",
+        name=f"{identifier(name)}_job",
         executor_def=dg.in_process_executor,
         description=f"Resident: works on {', '.join(keys)} until terminated or replaced.",
     )

@@ -32,6 +32,7 @@ class Consumer:
         emits: the topics it may emit to.
         wants_batch: whether a per-event handler asks for its batch too.
         resource_names: the resources the handler asks for.
+        asset_key: the path of its asset in Dagster.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Consumer:
         start: StartPosition,
         max_emit_bytes: int,
         code_version: str | None,
+        asset_key: str | Sequence[str] | None = None,
     ) -> None:
         self.handler = handler
         self.topics, self.emits = tuple(topics), tuple(emits)
@@ -58,6 +60,8 @@ class Consumer:
         self.isolate, self.on_poison, self.max_poison = isolate, on_poison, max_poison
         self.retry, self.start, self.max_emit_bytes = retry, start, max_emit_bytes
         self._code_version = code_version
+        key = self.group if asset_key is None else asset_key
+        self.asset_key: tuple[str, ...] = (key,) if isinstance(key, str) else tuple(key)
         named = _resource_names(handler)
         self.wants_batch = isolate == "per_event" and "batch" in named
         self.resource_names = tuple(name for name in named if not (self.wants_batch and name == "batch"))
@@ -79,7 +83,7 @@ class Consumer:
             try:
                 source = inspect.getsource(module if module is not None else self.handler)
             except (OSError, TypeError):
-                source = repr(getattr(self.handler, "__code__", self.handler))
+                source = _bytecode(self.handler)
             self._code_version = hashlib.sha256(source.encode()).hexdigest()[:12]
         return self._code_version
 
@@ -117,6 +121,22 @@ class Consumer:
         return {name: given[name] for name in self.resource_names}
 
 
+def _bytecode(handler: Handler) -> str:
+    """What a handler without source does, in a form that is the same in every process."""
+    code = getattr(handler, "__code__", None)
+    if code is None:
+        return f"{getattr(handler, '__module__', '')}.{getattr(handler, '__qualname__', type(handler).__qualname__)}"
+    constants = [_constant(one) for one in code.co_consts]
+    return repr((code.co_code, code.co_names, code.co_varnames, constants))
+
+
+def _constant(value: object) -> str:
+    inner = getattr(value, "co_consts", None)
+    if inner is None:
+        return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
+    return repr((value.co_code, value.co_names, [_constant(one) for one in inner]))  # type: ignore[attr-defined]
+
+
 def _resource_names(handler: Handler) -> tuple[str, ...]:
     parameters = list(inspect.signature(handler).parameters.values())
     if not parameters or parameters[0].kind not in (
@@ -151,6 +171,7 @@ def consumer(
     start: StartPosition = "earliest",
     max_emit_bytes: Size = "64MiB",
     code_version: str | None = None,
+    asset_key: str | Sequence[str] | None = None,
 ) -> Callable[[Handler], Consumer]:
     """Make a consumer of a function: it says what to do with a batch, others say when a batch is cut.
 
@@ -173,6 +194,7 @@ def consumer(
         start: where a new group begins: ``"earliest"``, ``"latest"``, or a time.
         max_emit_bytes: how much one commit may emit.
         code_version: changes when the handler does; a hash of its module unless given.
+        asset_key: the key of its asset in Dagster, if it is not the group's name: a name or a path.
 
     Raises:
         InvalidSettingError: naming the argument, its value and what is allowed.
@@ -214,6 +236,7 @@ def consumer(
             start=start,
             max_emit_bytes=parse_bytes(max_emit_bytes, name="max_emit_bytes"),
             code_version=code_version,
+            asset_key=asset_key,
         )
 
     return decorate

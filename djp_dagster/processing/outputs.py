@@ -7,7 +7,7 @@ the same again. So a crash anywhere repeats outputs, and skips none.
 
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import msgspec
 
@@ -58,7 +58,30 @@ class BatchOutput(msgspec.Struct, Generic[T], frozen=True):
         return value
 
 
-class BatchOutputs(Generic[T]):
+if TYPE_CHECKING:
+
+    class _Subscriptable(Generic[T]):
+        """For type checkers: what an output loads as."""
+
+else:
+
+    class _Subscriptable:
+        """At run time a subscript is a class of its own, because Dagster wants the annotation of an input to be one."""
+
+        item_type: type | None = None
+        _made: ClassVar[dict] = {}
+
+        def __class_getitem__(cls, item):
+            if isinstance(item, TypeVar):
+                return cls
+            made = _Subscriptable._made.get((cls, item))
+            if made is None:
+                name = f"{cls.__name__}[{getattr(item, '__qualname__', item)}]"
+                made = _Subscriptable._made[cls, item] = type(name, (cls,), {"item_type": item, "__doc__": cls.__doc__})
+            return made
+
+
+class BatchOutputs(_Subscriptable[T]):
     """The committed outputs of a group, in commit order.
 
     A Dagster asset or op gets them by an input annotated ``BatchOutputs``, or ``BatchOutputs[pd.DataFrame]`` and
@@ -124,8 +147,10 @@ class BatchOutputs(Generic[T]):
             return []
         done = self._settled(position)
         outputs = list(self._after(done))
-        proposed = outputs[-1].sequence if outputs and self._proposer is not None else None
-        wanted = ReaderPosition(done, proposed, self._proposer if proposed is not None else None)
+        if self._proposer is None:
+            return outputs  # only a look: what a step was given stays its own
+        proposed = outputs[-1].sequence if outputs else None
+        wanted = ReaderPosition(done, proposed, self._proposer if outputs else None)
         if wanted != position:
             coordinator.move_reader(self.group, reader, wanted)
         return outputs

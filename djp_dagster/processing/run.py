@@ -107,9 +107,13 @@ def run_pending(
         holding.do_requests()
         if only_requests:
             return RunReport(tuple(reports))
+        fired: str | None = None
         for tasks in task_sets(consumer, range(info.tasks)):
             while not stop.is_set():
                 reason, bound = _due(stream, consumer, threshold, holding)
+                if reason in ("age", "idle"):
+                    fired = reason  # then all of it is due, up to the ends seen, though what is left is younger
+                reason = reason or fired
                 if reason is None or holding.next_batch(tasks, bound=bound, reason=reason, until=until) is None:
                     break
     tidy(stream)
@@ -133,7 +137,7 @@ def _due(
 ) -> tuple[str | None, Threshold]:
     """Why a batch is cut now (None: it is not), and its bound."""
     if threshold is None:
-        return "drain", consumer.max_batch
+        return "pending", consumer.max_batch
     reason = threshold.reached(stream.pending(consumer.group))
     if reason is None and holding.next_due_micros is not None and holding.next_due_micros <= stream.log.now_micros():
         reason = "deadline"  # it cannot fire before what was appended earlier is handled

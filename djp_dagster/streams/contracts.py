@@ -151,7 +151,7 @@ class Coordinator(Protocol):
         """Who is there to work for the group, by name."""
 
     def ask_to_leave(self, group: str, name: str) -> int:
-        """Ask the live members whose owner's name begins with ``name`` to leave; how many there are."""
+        """Ask the members whose owner's name begins with ``name`` to leave; how many of them live."""
 
     def leave(self, group: str, owner: str) -> None:
         """Take that back."""

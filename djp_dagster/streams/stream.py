@@ -98,6 +98,11 @@ class EventStream:
             )
         return self._payloads
 
+    @property
+    def has_payloads(self) -> bool:
+        """Whether there is a place for batch outputs."""
+        return self._payloads is not None
+
     def create_topic(self, topic: Topic) -> TopicInfo:
         """Create the topic, or check that it was created alike; its retention may change.
 

@@ -42,7 +42,7 @@ def test_iterating_gives_the_records_in_order_as_often_as_asked(stream: EventStr
         seen.append([record.data["n"] for record in batch])
         seen.append([record.data["n"] for records in batch.chunks() for record in records])
         assert len(batch) == 5
-        assert (batch.group, batch.attempt, batch.reason, batch.is_replay) == ("look", 1, "drain", False)
+        assert (batch.group, batch.attempt, batch.reason, batch.is_replay) == ("look", 1, "pending", False)
         assert [(part.at, part.start, part.end) for part in batch.ranges] == [(TopicPartition("numbers", 0), 0, 5)]
         assert batch.fencing_token >= 1
         assert batch.deadlines == ()

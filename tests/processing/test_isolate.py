@@ -70,7 +70,7 @@ def test_resources_and_the_batch_by_name() -> None:
         log.append((batch.reason, record.offset))
 
     run_consumer(handle, numbers(2), resources={"log": seen})
-    assert seen == [("drain", 0), ("drain", 1)]
+    assert seen == [("pending", 0), ("pending", 1)]
 
 
 def test_a_transient_failure_tries_the_whole_batch_again(stream: EventStream) -> None:

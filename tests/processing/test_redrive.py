@@ -167,7 +167,7 @@ def test_a_run_does_what_was_asked_for_first(stream: EventStream) -> None:
     assert [(batch.kind, batch.reason, batch.events) for batch in report.batches] == [
         ("redrive", "redrive", 1),
         ("redrive", "redrive", 1),
-        ("cut", "drain", 1),
+        ("cut", "pending", 1),
     ]
     assert [stream.coordinator.request_status(number) for number in numbers_asked] == ["done"]
 
@@ -190,7 +190,7 @@ def test_the_state_of_a_stateful_group(stream: EventStream, tmp_path: Any) -> No
     broken.bad.clear()
     redrive(stream, broken.consumer, state_folder=tmp_path)
     found = {decode_value(key): decode_value(value) for key, value in state_of(stream, "broken").items()}
-    assert found == dict.fromkeys((0, 2, 3, 5), "drain") | dict.fromkeys((1, 4), "redrive")
+    assert found == dict.fromkeys((0, 2, 3, 5), "pending") | dict.fromkeys((1, 4), "redrive")
 
 
 def test_one_request_for_each_task(stream: EventStream) -> None:

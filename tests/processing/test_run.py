@@ -48,7 +48,7 @@ def test_batches_are_bounded_and_reported(stream: EventStream) -> None:
     assert [batch.events for batch in report.batches] == [4, 4, 2]
     assert list(report.batches) == seen
     first = seen[0]
-    assert (first.group, first.kind, first.reason, first.attempt) == ("handle", "cut", "drain", 1)
+    assert (first.group, first.kind, first.reason, first.attempt) == ("handle", "cut", "pending", 1)
     assert first.seconds >= first.handler_seconds >= 0 <= first.commit_seconds
 
 

@@ -220,12 +220,13 @@ class SqlLeases(SqlGroups):
 
     def ask_to_leave(self, group: str, name: str) -> int:
         """See `Coordinator.ask_to_leave`."""
-        owners = [member.owner for member in self.members(group) if member.live and member.owner.startswith(name)]
-        if owners:
+        found = [member for member in self.members(group) if member.owner.startswith(name)]
+        if found:
+            owners = [member.owner for member in found]
             with self.database.write() as connection:
                 asked = sa.update(_members).where(_members.c.group_id == _g, _members.c.owner.in_(owners))
                 connection.execute(asked.values(asked_to_leave=True), {"g": self._id_in(connection, group)})
-        return len(owners)
+        return sum(member.live for member in found)
 
     def leave(self, group: str, owner: str) -> None:
         """See `Coordinator.leave`."""
