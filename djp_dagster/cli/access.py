@@ -43,8 +43,6 @@ class Access:
 
     def open(self, *, create: bool = False) -> "EventStream":
         """The stream, closed when the command ends; made, with its folder in the default place, only if ``create``."""
-        from sqlalchemy.exc import NoSuchModuleError
-
         from djp_dagster.streams.stream import open_stream
 
         path = self.path
@@ -55,13 +53,7 @@ class Access:
             )
         if path is not None and create and self.named_by == "the default place":
             path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            stream = open_stream(self.target)
-        except (ModuleNotFoundError, NoSuchModuleError) as error:
-            raise click.ClickException(
-                f"the stream named by {self.named_by} needs a driver that is missing ({error}); for PostgreSQL install "
-                "djp-dagster[postgresql] and write postgresql+psycopg://user@host/database"
-            ) from error
+        stream = open_stream(self.target)
         self._context.call_on_close(stream.close)
         return stream
 

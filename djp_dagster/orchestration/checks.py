@@ -44,7 +44,8 @@ def build_stream_checks(
 ) -> dg.AssetChecksDefinition:
     """Checks of a consumer's asset: ``no_pending_dead_letters``, and, if asked for, ``lag_below`` and ``worker_alive``.
 
-    They run after the asset in its own runs, and from the asset's page; `build_check_sensor` keeps them up to date.
+    They run after the asset in its own runs, if it was materialized, and from the asset's page; `build_check_sensor`
+    keeps them up to date otherwise.
 
     Args:
         consumer: whose group to look at.

@@ -82,17 +82,17 @@ def supervise(
             slots.setdefault(record.dagster_run.tags.get(SLOT_TAG, ""), []).append(seen)
     wanted = [str(slot) for slot in range(crew.workers)]
     missing = [slot for slot in wanted if all(seen.outdated for seen in slots.get(slot, []))]
-    ended = _ended(instance, crew) if missing else {}
+    ended = {slot: _ended(instance, crew, slot) for slot in missing}
     launches: list[Launch] = []
     told: list[str] = []
     for slot in wanted:
         under_way = slots.get(slot, [])
         if slot not in missing:
             told.append(f"worker {slot}: {_settle(stream, crew, under_way)}")
-        elif (wait_s := _left_to_wait(ended.get(slot, []))) > 0:
+        elif (wait_s := _left_to_wait(ended[slot])) > 0:
             told.append(f"worker {slot} ended soon after its start; trying again in {wait_s:.0f} s")
         else:
-            launches.append(_launch(crew, slot, ended.get(slot, []), under_way))
+            launches.append(_launch(crew, slot, ended[slot], under_way))
     for slot in set(slots) - set(wanted):
         _ask_to_leave(stream, crew, slots[slot])
     return launches, told
@@ -137,13 +137,10 @@ def _launch(crew: Crew, slot: str, ended: Sequence[dg.RunRecord], outdated: Sequ
     )
 
 
-def _ended(instance: dg.DagsterInstance, crew: Crew) -> dict[str, list[dg.RunRecord]]:
-    """The last runs of each slot that have ended, the newest first."""
-    filters = dg.RunsFilter(tags={WORKER_TAG: crew.tag}, statuses=FINISHED)
-    slots: dict[str, list[dg.RunRecord]] = {}
-    for record in instance.get_run_records(filters, limit=len(_PAUSES_S) * crew.workers):
-        slots.setdefault(record.dagster_run.tags.get(SLOT_TAG, ""), []).append(record)
-    return slots
+def _ended(instance: dg.DagsterInstance, crew: Crew, slot: str) -> Sequence[dg.RunRecord]:
+    """The last runs of a slot that have ended, the newest first."""
+    tags = {WORKER_TAG: crew.tag, SLOT_TAG: slot}
+    return instance.get_run_records(dg.RunsFilter(tags=tags, statuses=FINISHED), limit=len(_PAUSES_S))
 
 
 def _is_outdated(record: dg.RunRecord, crew: Crew) -> bool:

@@ -84,7 +84,7 @@ else:
 class BatchOutputs(_Subscriptable[T]):
     """The committed outputs of a group, in commit order.
 
-    A Dagster asset or op gets them by an input annotated ``BatchOutputs``, or ``BatchOutputs[pd.DataFrame]`` and
+    A Dagster asset gets them by an input annotated ``BatchOutputs``, or ``BatchOutputs[pd.DataFrame]`` and
     ``BatchOutputs[pa.Table]``, which decide how tables are loaded.
 
     Args:

@@ -132,7 +132,7 @@ class Worker:
         share_at = requests_at = 0.0
         tidy_at = time.monotonic() + _TIDY_EVERY_S
         eager_until = 0.0
-        while not stop.is_set() and not keeper.replaced:
+        while not _ends(keeper, stop):
             now = time.monotonic()
             try:
                 if now >= share_at:
@@ -143,7 +143,7 @@ class Worker:
                     continue
                 ask = now >= requests_at
                 requests_at = now + _REQUESTS_EVERY_S if ask else requests_at
-                worked = [self._serve(member, keeper, now, ask) for member in members]
+                worked = [self._serve(member, keeper, stop, now, ask) for member in members]
                 if now >= tidy_at:
                     tidy(self._stream)
                     tidy_at = now + _TIDY_EVERY_S
@@ -223,12 +223,14 @@ class Worker:
         if self._on_report is not None:
             self._on_report(report)
 
-    def _serve(self, member: _Member, keeper: LeaseKeeper, now: float, ask: bool) -> bool:
+    def _serve(self, member: _Member, keeper: LeaseKeeper, stop: threading.Event, now: float, ask: bool) -> bool:
         """One batch for each task set held; whether there was any."""
         if now < member.paused_until:
             return False
         worked = False
         for tasks in list(member.held):
+            if _ends(keeper, stop):
+                break
             if not keeper.holds(member.held[tasks].lease):
                 self._let_go(member, keeper, tasks)
                 continue
@@ -279,3 +281,8 @@ class Worker:
         if self._on_failure is None:
             raise error
         self._on_failure(member.consumer, error)
+
+
+def _ends(keeper: LeaseKeeper, stop: threading.Event) -> bool:
+    """Whether the batch under way is the last: told to stop, or asked to leave."""
+    return stop.is_set() or keeper.replaced

@@ -65,7 +65,7 @@ def parse_time(text: str, now_micros: int) -> datetime:
         found = None
     if found is not None and found.tzinfo is not None:
         return found
-    if found is None:
+    if found is None and text[-1:].isalpha():  # a bare number would be seconds, and nobody means that
         try:
             return from_micros(now_micros) - timedelta(seconds=parse_seconds(text, name="to"))
         except InvalidSettingError:

@@ -52,6 +52,9 @@ class SqlCoordinator(SqlCommits):
         check_name("reader", name)
         with self.database.write() as connection:
             group_id = self._id_in(connection, group)
+            # One at a time: two that come at once would both insert.
+            groups = schema.groups
+            connection.execute(sa.select(groups.c.group_id).where(groups.c.group_id == group_id).with_for_update())
             connection.execute(sa.delete(_readers).where(_readers.c.group_id == group_id, _readers.c.reader == name))
             values = {"group_id": group_id, "reader": name, **msgspec.structs.asdict(position)}
             connection.execute(sa.insert(_readers).values(values))

@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import NullPool, StaticPool
 
 from djp_dagster.errors import (
@@ -42,6 +43,19 @@ _BUSY_TIMEOUT_S = 30.0
 _inherited: list[object] = []
 
 
+def _parse_url(url: str | URL) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        # Not shown: whatever it is, it may hold a password.
+        raise InvalidSettingError(
+            "the stream's url cannot be parsed; use sqlite:///path or postgresql+psycopg://user@host/database",
+            setting="url",
+            value=None,
+        ) from error
+    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
+
+
 class Database:
     """One stream's database. Safe to share between threads; a forked child opens its own connections.
 
@@ -54,7 +68,7 @@ class Database:
     """
 
     def __init__(self, url: str | URL, *, clock: Clock | None = None) -> None:
-        self.url = make_url(url)
+        self.url = _parse_url(url)
         self.dialect = self.url.get_backend_name()
         if self.dialect not in ("sqlite", "postgresql"):
             raise InvalidSettingError(
@@ -89,7 +103,15 @@ class Database:
 
     def _make_engine(self) -> Engine:
         if self.dialect == "postgresql":
-            return sa.create_engine(self.url, isolation_level="READ COMMITTED", pool_size=4, max_overflow=16)
+            try:
+                return sa.create_engine(self.url, isolation_level="READ COMMITTED", pool_size=4, max_overflow=16)
+            except (ModuleNotFoundError, NoSuchModuleError) as error:
+                raise InvalidSettingError(
+                    f"stream url {self.label!r} needs a driver that is not installed ({error}); install "
+                    "djp-dagster[postgresql] and write postgresql+psycopg://user@host/database",
+                    setting="url",
+                    value=self.label,
+                ) from error
         engine = sa.create_engine(
             self.url,
             connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},

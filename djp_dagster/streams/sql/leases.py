@@ -45,12 +45,13 @@ _renew_member = Prepared(
 _now: sa.BindParameter[int] = sa.bindparam("now", type_=sa.BigInteger())
 # What has run out is kept for a while: it tells that its owner died, for whoever ends in order takes it away.
 _KEEP_MICROS = 3_600_000_000
-# Beyond its own time to live: written before the clock went back.
+# Beyond twice its own time to live: written before the clock went back, and not by somebody who came a moment later.
 _drop_members = Prepared(
     sa.delete(_members).where(
         _members.c.group_id == _g,
         sa.or_(
-            _members.c.expires_micros <= _now - _KEEP_MICROS, _members.c.expires_micros > _now + _members.c.ttl_micros
+            _members.c.expires_micros <= _now - _KEEP_MICROS,
+            _members.c.expires_micros > _now + 2 * _members.c.ttl_micros,
         ),
     )
 )
@@ -211,7 +212,7 @@ class SqlLeases(SqlGroups):
         return [
             MemberInfo(
                 row.owner,
-                live=now < row.expires_micros <= now + row.ttl_micros,
+                live=now < row.expires_micros <= now + 2 * row.ttl_micros,
                 paused=bool(row.paused),
                 asked_to_leave=bool(row.asked_to_leave),
             )
