@@ -77,7 +77,7 @@ def _chunks(events: Iterable[Event]) -> Iterable[list[Event]]:
 def _producer_of(context: dg.OpExecutionContext) -> str:
     """One producer per run and step, the same at every retry of the step."""
     step = hashlib.sha256(str(context.op_handle).encode()).hexdigest()[:12]
-    return f"run-{context.run_id}-{step}"
+    return f"run-{context.run.run_id}-{step}"
 
 
 def publish_op(topic: Topic, *, name: str | None = None) -> dg.OpDefinition:

@@ -1,7 +1,8 @@
 """Runs as a tick asks for them: is one at work, did the last ones change nothing, and what is the next one's key.
 
-A run key names what had been done when the run was asked for, and the last finished run that found the same; so a tick
-that is evaluated twice asks for one run, and a run that changed nothing can be followed by another, after a pause.
+A run key names what had been done when the run was asked for, the last finished run that found the same, and a run
+under way that is waited for no more; so a tick that is evaluated twice asks for one run, and a run that changed
+nothing, or never came, can be followed by another.
 """
 
 import time
@@ -48,10 +49,12 @@ def request_run(
     """
     assert look.reason is not None
     lookout = Lookout(instance, stream, [group], suspects)
+    ignored = ""
     for record in in_flight(instance, {GROUP_TAG: group, STREAM_TAG: stream.incarnation}):
         standing = lookout.standing_of(record)
         if standing.counts:
             return dg.SkipReason(f"{look.reason}; {standing.told}")
+        ignored = ignored or f":{record.dagster_run.run_id[:8]}"
     if look.holder is not None:
         return dg.SkipReason(f"{look.reason}; {look.holder} is at work")
     finished = instance.get_run_records(
@@ -64,7 +67,7 @@ def request_run(
         )
     last = finished[0].dagster_run.run_id[:8] if finished else "first"
     return dg.RunRequest(
-        run_key=f"{group}:{look.digest}:{last}",
+        run_key=f"{group}:{look.digest}:{last}{ignored}",
         tags={**(tags or {}), **tags_of(stream, group, look)},
         run_config=run_config,
     )

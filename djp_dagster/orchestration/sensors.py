@@ -38,11 +38,12 @@ def run_sensor(
         context: dg.SensorEvaluationContext, event_stream: SqlEventStream
     ) -> dg.RunRequest | dg.SkipReason:
         stream = event_stream.open()
-        seen = look(stream, consumer, threshold)
-        if seen.reason is None:
-            return dg.SkipReason(seen.why_not)
-        suspects = Suspects(context.cursor)
-        found = request_run(context.instance, stream, consumer.group, seen, suspects, tags=run_tags, run_config=config)
+        seen, suspects = look(stream, consumer, threshold), Suspects(context.cursor)
+        found: dg.RunRequest | dg.SkipReason = dg.SkipReason(seen.why_not)
+        if seen.reason is not None:
+            found = request_run(
+                context.instance, stream, consumer.group, seen, suspects, tags=run_tags, run_config=config
+            )
         context.update_cursor(suspects.cursor)
         return found
 

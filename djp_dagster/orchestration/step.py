@@ -94,7 +94,7 @@ def _process(
         nonlocal tagged
         if not tagged:
             tagged = True
-            context.instance.add_run_tags(context.run_id, {**tags, BATCH_TAG: intent.batch_id})
+            context.instance.add_run_tags(context.run.run_id, {**tags, BATCH_TAG: intent.batch_id})
 
     return run_pending(
         stream,
@@ -105,5 +105,5 @@ def _process(
         wait=config.wait,
         on_report=tally.add,
         on_begin=tag,
-        owner=owner_of(context.run_id),
+        owner=owner_of(context.run.run_id),
     )

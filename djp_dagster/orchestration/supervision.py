@@ -13,9 +13,9 @@ The sensor asks for ``workers`` runs, each in a slot of its own. A tick, for eac
    be what takes the last place in the queue, or in a pool), the tick itself asks the other to leave. So it does in
    slots that are no longer wanted.
 
-A run key names the last run of the slot that ended, and the one to replace, so a tick evaluated twice asks once. Runs
-that end soon after their start are followed by ever longer pauses. Everything a tick reads may be wiped: a second
-worker in a slot shares the tasks with the first, and the next tick finds both.
+A run key names the last run of the slot that ended, the one to replace, and one that is waited for no more; so a tick
+evaluated twice asks once. Runs that end soon after their start are followed by ever longer pauses. Everything a tick
+reads may be wiped: a second worker in a slot shares the tasks with the first, and the next tick finds both.
 """
 
 import hashlib
@@ -74,12 +74,13 @@ def supervise(
 ) -> tuple[list[Launch], list[str]]:
     """One tick: the runs to ask for, and what to say of the other slots."""
     slots: dict[str, list[Seen]] = {}
+    ignored: dict[str, list[Seen]] = {}
     lookout = Lookout(instance, stream, crew.groups, suspects)
     for record in in_flight(instance, {WORKER_TAG: crew.tag}):
         standing = lookout.standing_of(record)
-        if standing.counts:
-            seen = Seen(record, standing, _is_outdated(record, crew))
-            slots.setdefault(record.dagster_run.tags.get(SLOT_TAG, ""), []).append(seen)
+        seen = Seen(record, standing, _is_outdated(record, crew))
+        known = slots if standing.counts else ignored
+        known.setdefault(record.dagster_run.tags.get(SLOT_TAG, ""), []).append(seen)
     wanted = [str(slot) for slot in range(crew.workers)]
     missing = [slot for slot in wanted if all(seen.outdated for seen in slots.get(slot, []))]
     ended = {slot: _ended(instance, crew, slot) for slot in missing}
@@ -92,7 +93,7 @@ def supervise(
         elif (wait_s := _left_to_wait(ended[slot])) > 0:
             told.append(f"worker {slot} ended soon after its start; trying again in {wait_s:.0f} s")
         else:
-            launches.append(_launch(crew, slot, ended[slot], under_way))
+            launches.append(_launch(crew, slot, ended[slot], under_way, ignored.get(slot, [])))
     for slot in set(slots) - set(wanted):
         _ask_to_leave(stream, crew, slots[slot])
     return launches, told
@@ -120,8 +121,11 @@ def _settle(stream: EventStream, crew: Crew, under_way: Sequence[Seen]) -> str:
     return newest.standing.told
 
 
-def _launch(crew: Crew, slot: str, ended: Sequence[dg.RunRecord], outdated: Sequence[Seen]) -> Launch:
-    before = [record.dagster_run.run_id for record in ended[:1]] + [seen.run_id for seen in outdated[:1]]
+def _launch(
+    crew: Crew, slot: str, ended: Sequence[dg.RunRecord], outdated: Sequence[Seen], ignored: Sequence[Seen]
+) -> Launch:
+    before = [record.dagster_run.run_id for record in ended[:1]]
+    before += [seen.run_id for seen in (*outdated[:1], *ignored[:1])]
     return Launch(
         run_key=":".join([crew.tag, slot, crew.code_version, *(run_id[:8] for run_id in before)]),
         # A limit on the runtime of all runs is not meant for those that stay; `max_runtime` is.

@@ -61,7 +61,7 @@ def work(
     """
     resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
     stream = resource.open()
-    context.instance.add_run_tags(context.run_id, {CODE_TAG: code_version})
+    context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_version})
     summaries = Summaries(context, stream, keys, parse_seconds(config.report_every, name="report_every"))
     stop = threading.Event()
     worker = Worker(
@@ -73,7 +73,7 @@ def work(
         on_report=summaries.add,
         on_failure=lambda consumer, error: _say_paused(context, consumer, error),
         on_beat=_Beat(context, summaries, stop),
-        owner=owner_of(context.run_id),
+        owner=owner_of(context.run.run_id),
         replaces=[owner_of(run_id) for run_id in config.replaces],
     )
     with _stopping_at_signals(stop) as signals, Watchdog(context, worker, config.stuck_after):
@@ -89,7 +89,7 @@ def work(
 
 def _end(context: dg.OpExecutionContext) -> None:
     """End as Dagster expects it: interrupted if somebody asked Dagster to terminate the run, else in order."""
-    run = context.instance.get_run_by_id(context.run_id)
+    run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and run.status == dg.DagsterRunStatus.CANCELING:
         raise dg.DagsterExecutionInterruptedError
     context.log.info("told to end; everything was given back")
@@ -147,7 +147,7 @@ class _Beat:
         if time.monotonic() - self._looked_at < _LOOK_AT_RUN_S:
             return
         self._looked_at = time.monotonic()
-        run = self._context.instance.get_run_by_id(self._context.run_id)
+        run = self._context.instance.get_run_by_id(self._context.run.run_id)
         if run is None or run.is_finished:
             self._context.log.warning("Dagster holds this run for finished: the worker ends")
             self._stop.set()
