@@ -1,0 +1,1 @@
+"""The shop of `definitions.py` as a newcomer sees it: a real dagster-webserver in a real Chromium."""
