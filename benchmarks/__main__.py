@@ -15,8 +15,8 @@ from rich.table import Table
 
 from benchmarks.harness import Row, Settings
 
-NAMES = ("append", "consume", "quix", "latency", "pending")
-_PACKAGES = ("djp-dagster", "msgspec", "sqlalchemy", "quixstreams", "confluent-kafka", "noida-db")
+NAMES = ("append", "consume", "quix", "latency", "pending", "ticks", "drain", "workers", "imports")
+_PACKAGES = ("djp-dagster", "dagster", "msgspec", "sqlalchemy", "quixstreams", "confluent-kafka", "noida-db")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def _pending_s(settings: Settings, count: int) -> float:
             raise AssertionError("nobody runs it")
 
         waiting.register(stream)
-        filled = _fill(stream, topic, count)
+        filled = fill(stream, topic, count)
         took = []
         for _ in range(_CALLS):
             started = time.perf_counter()
@@ -44,7 +44,7 @@ def _pending_s(settings: Settings, count: int) -> float:
     return statistics.median(took)
 
 
-def _fill(stream: EventStream, topic: Topic, count: int) -> int:
+def fill(stream: EventStream, topic: Topic, count: int) -> int:
     """Append about that many events, encoded once; how many it were."""
     size = min(BATCH, count // PARTITIONS)
     blob = encode_value([Event(type="tick", source="/bench", data={"k": "a", "n": 1}) for _ in range(size)])

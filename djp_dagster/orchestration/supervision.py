@@ -27,7 +27,7 @@ import dagster as dg
 
 from djp_dagster.orchestration.runs import FINISHED, in_flight
 from djp_dagster.orchestration.standing import Lookout, Standing, Suspects, tasks_of
-from djp_dagster.orchestration.tags import ASKED_BY_TAG, CODE_TAG, SLOT_TAG, WORKER_TAG, owner_of
+from djp_dagster.orchestration.tags import ASKED_BY_TAG, CODE_TAG, PLACE_TAG, SLOT_TAG, WORKER_TAG, owner_of
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.streams.stream import EventStream
 
@@ -133,6 +133,7 @@ def _launch(
         tags={
             WORKER_TAG: crew.tag,
             SLOT_TAG: slot,
+            PLACE_TAG: _place(crew, slot),
             ASKED_BY_TAG: crew.code_version,
             "dagster/max_runtime": "0",
             "dagster/max_retries": "0",
@@ -143,8 +144,12 @@ def _launch(
 
 def _ended(instance: dg.DagsterInstance, crew: Crew, slot: str) -> Sequence[dg.RunRecord]:
     """The last runs of a slot that have ended, the newest first."""
-    tags = {WORKER_TAG: crew.tag, SLOT_TAG: slot}
-    return instance.get_run_records(dg.RunsFilter(tags=tags, statuses=FINISHED), limit=len(_PAUSES_S))
+    filters = dg.RunsFilter(tags={PLACE_TAG: _place(crew, slot)}, statuses=FINISHED)
+    return instance.get_run_records(filters, limit=len(_PAUSES_S))
+
+
+def _place(crew: Crew, slot: str) -> str:
+    return f"{crew.tag}#{slot}"
 
 
 def _is_outdated(record: dg.RunRecord, crew: Crew) -> bool:

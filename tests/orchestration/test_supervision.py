@@ -9,7 +9,7 @@ from djp_dagster import EventStream, SqlEventStream, consumer
 from djp_dagster.orchestration import standing, supervision
 from djp_dagster.orchestration.standing import Suspects
 from djp_dagster.orchestration.supervision import Crew, Launch, crew_code_version, supervise
-from djp_dagster.orchestration.tags import ASKED_BY_TAG, CODE_TAG, SLOT_TAG, WORKER_TAG, owner_of
+from djp_dagster.orchestration.tags import ASKED_BY_TAG, CODE_TAG, PLACE_TAG, SLOT_TAG, WORKER_TAG, owner_of
 from djp_dagster.processing.leases import new_owner
 from djp_dagster.testing import Clock
 from tests.orchestration.kit import ORDERS, copy, later, make_run, status_of, tell, tick
@@ -96,6 +96,7 @@ class TestSlots:
             {
                 WORKER_TAG: "shop",
                 SLOT_TAG: str(slot),
+                PLACE_TAG: f"shop#{slot}",
                 ASKED_BY_TAG: "v1",
                 "dagster/max_runtime": "0",
                 "dagster/max_retries": "0",
