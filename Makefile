@@ -7,7 +7,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 SOAK_TIMEOUT ?= 7200
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format soak floors bench clean
+.PHONY: help venv demo test lint format soak floors bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) --editable '.[webserver,test,lint]'
 	touch $@
+
+demo: venv ## the shop: user interface, daemon and traffic until Ctrl-C; FOR=60 stops by itself and checks the books
+	@$(BIN)/python -m demo $(if $(FOR),--for $(FOR)) $(ARGS)
 
 test: venv ## everything but the soak tests, with coverage
 	$(BIN)/python -m pytest --cov $(if $(ARGS),--cov-fail-under=0) $(ARGS)
@@ -52,6 +55,6 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 	touch $@
 
 clean: ## remove all that the targets made
-	rm -rf $(VENV) $(FLOORS_VENV) dist build .coverage .coverage.* htmlcov \
+	rm -rf .demo $(VENV) $(FLOORS_VENV) dist build .coverage .coverage.* htmlcov \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

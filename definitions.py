@@ -1,0 +1,131 @@
+"""The demonstration: a shop whose clicks and orders are streamed and batched. Read it top to bottom.
+
+`make demo` runs it with traffic. Nothing here is special to a demonstration but the sensors and schedules being on from
+the start (the library's are off until somebody turns them on).
+"""
+
+import dagster as dg
+import pandas as pd
+
+import djp_dagster as djp
+
+# 1. Topics: what happens in the shop. A topic is split into partitions by a key; order holds per key.
+
+clicks = djp.Topic("clicks", partitions=4, key="user_id", retention="1d")
+orders = djp.Topic("orders", partitions=4, key="user_id", retention="7d")
+user_updates = djp.Topic("user_updates", partitions=4, key="user_id")
+suggestions = djp.Topic("suggestions", partitions=4, key="user_id", retention="1d")
+fraud_alerts = djp.Topic("fraud_alerts", key="user_id")
+
+
+# 2. Consumers: what to do with events. Plain functions; `djp.testing.run_consumer` runs them in a unit test.
+#    What they emit, keep in state, fail and return becomes visible with the commit of their batch, once.
+
+
+@djp.consumer(
+    topic=clicks,
+    emits=[suggestions],
+    stateful=True,
+    isolate="per_event",  # a click that fails becomes a dead letter, the others go on
+    max_batch=djp.Threshold(events=5_000),
+    max_poison=1_000,
+)
+def recommend(click: djp.Record, batch: djp.Batch) -> None:
+    """Suggest what the user looked at before, and remember what they look at now."""
+    user_id, product_id = click.data["user_id"], click.data["product_id"]
+    seen = batch.state.get(user_id, {"views": 0, "clicks": [], "products": []})
+    if click.id in seen["clicks"]:
+        return  # the same click, published twice
+    others = [product for product in seen["products"] if product != product_id]
+    views = seen["views"] + 1
+    batch.emit(suggestions.event(user_id=user_id, products=others[:3], click=click.id, views=views))
+    batch.state.set(
+        user_id, {"views": views, "clicks": [click.id, *seen["clicks"]][:30], "products": [product_id, *others][:5]}
+    )
+
+
+@djp.consumer(topic=orders, emits=[fraud_alerts], max_batch=djp.Threshold(events=500))
+def fraud(batch: djp.Batch) -> None:
+    """Raise an alert for an absurd amount, and for a user who places many of a batch's orders."""
+    for user_id, placed in batch.by_key().items():
+        for order in placed:
+            amount = order.data.get("amount")
+            if not isinstance(amount, int | float):
+                batch.fail(order, "an order needs an amount")  # a dead letter, to be redriven once the cause is gone
+            elif amount > 10_000:
+                alert = fraud_alerts.event(user_id=user_id, order=order.id, reason=f"an amount of {amount}")
+                batch.emit(alert, source=order)
+        if len(placed) > 25:
+            alert = fraud_alerts.event(user_id=user_id, order=placed[-1].id, reason=f"{len(placed)} orders at once")
+            batch.emit(alert, source=placed[-1])
+
+
+@djp.consumer(topic=orders)
+def order_files(batch: djp.Batch) -> pd.DataFrame:
+    """The orders as Parquet files, one for each batch, without duplicates and without those that have no amount."""
+    frame = batch.to_pandas()
+    return frame.dropna(subset=["amount"]).drop_duplicates("event_id")
+
+
+# 3. Assets: the topics, and the consumers between them. Materialize handles what is pending for a consumer.
+
+topics = djp.build_topic_assets(recommend, fraud, order_files, user_updates, group_name="shop")
+
+consumers = [djp.build_stream_asset(consumer, group_name="shop") for consumer in (recommend, fraud, order_files)]
+
+
+@dg.asset(group_name="shop", automation_condition=dg.AutomationCondition.eager())
+def revenue(order_files: djp.BatchOutputs) -> dg.MaterializeResult[float]:  # type: ignore[type-arg]
+    """The amount of the order files that are new since this was last materialized."""
+    new = [output.load()["amount"].sum() for output in order_files.since(reader="revenue")]
+    amount = round(float(sum(new)), 2)
+    return dg.MaterializeResult(value=amount, metadata={"amount": amount, "files": len(new)})
+
+
+checks = [
+    djp.build_stream_checks(recommend, max_lag_age="1min", worker=True),
+    djp.build_stream_checks(fraud, max_lag_age="1min"),
+    djp.build_stream_checks(order_files, max_lag_age="5min"),
+]
+
+
+# 4. When a batch is cut. Streaming and Batching differ in nothing else.
+
+on = dg.DefaultSensorStatus.RUNNING
+
+#    Resident: two long runs, milliseconds behind the clicks. The sensor sees to it that there are two.
+recommend_workers = djp.build_worker_sensor([recommend], name="recommend_worker", workers=2, default_status=on)
+
+#    A run per micro-batch: seconds behind the orders.
+fraud_sensor = djp.build_stream_sensor(fraud, default_status=on)
+
+#    Batching: a run as soon as enough has piled up, or what there is has waited for long enough; and by the clock.
+order_files_sensor = djp.build_batch_sensor(
+    order_files, threshold=djp.Threshold(events=2_000, age="2min"), default_status=on
+)
+order_files_schedule = djp.build_batch_schedule(
+    order_files, cron_schedule="*/5 * * * *", default_status=dg.DefaultScheduleStatus.RUNNING
+)
+
+
+# 5. All of it.
+
+defs = dg.Definitions(
+    assets=[*topics, *consumers, revenue],
+    asset_checks=checks,
+    jobs=[  # for the Launchpad: publish an event by hand, send dead letters through their handler again, move a group
+        djp.build_publish_job(orders, clicks, user_updates),
+        djp.build_redrive_job(recommend, fraud, order_files),
+        djp.build_seek_job(recommend, fraud, order_files),
+    ],
+    sensors=[
+        recommend_workers,
+        fraud_sensor,
+        order_files_sensor,
+        djp.build_check_sensor(*checks, default_status=on),
+        dg.AutomationConditionSensorDefinition("revenue_automation", target="revenue", default_status=on),
+    ],
+    schedules=[order_files_schedule],
+    resources={"event_stream": djp.SqlEventStream()},  # a SQLite file under DAGSTER_HOME, unless told otherwise
+    executor=dg.in_process_executor,
+)

@@ -1,0 +1,122 @@
+"""The books balance when everything was handled once, and say so when it was not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import djp_dagster as djp
+from definitions import fraud, fraud_alerts, order_files, orders, recommend, suggestions
+from demo.books import CONSUMERS, Books
+from demo.show import Show
+from demo.traffic import Publisher, Settings, Traffic
+
+TRAFFIC = Traffic(Settings(rate=800, duplicates=0.05, poison=0.02))
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Iterator[djp.EventStream]:
+    with djp.open_stream(tmp_path / "stream.db") as stream:
+        yield stream
+
+
+def publish(stream: djp.EventStream, chunks: int) -> None:
+    publisher = Publisher(stream, TRAFFIC)
+    for _ in range(chunks):
+        publisher.publish_next()
+
+
+def handle(stream: djp.EventStream, tmp_path: Path, *consumers: djp.Consumer) -> None:
+    for consumer in consumers or CONSUMERS:
+        djp.run_pending(stream, consumer, state_folder=tmp_path / "state")
+
+
+def test_they_balance(stream: djp.EventStream, tmp_path: Path) -> None:
+    books = Books(stream)
+    publish(stream, 10)
+    handle(stream, tmp_path)
+    assert books.check() == []
+    accounts = books.accounts()
+    assert books.published() == 2000
+    assert accounts["recommend"].handled > accounts["fraud"].handled > 0
+    assert accounts["recommend"].dead_letters > 0
+    assert accounts["fraud"].dead_letters > 0
+    assert accounts["fraud"].handled + accounts["fraud"].dead_letters == accounts["order_files"].handled
+    assert accounts["order_files"].made == "1 files"
+    assert books.pending() == {}
+
+
+def test_they_balance_from_any_point_on(stream: djp.EventStream, tmp_path: Path) -> None:
+    Books(stream)
+    publish(stream, 5)
+    handle(stream, tmp_path)
+    publish(stream, 3)
+    books = Books(stream)
+    publish(stream, 4)
+    handle(stream, tmp_path)
+    assert books.check() == []
+
+
+def test_what_is_not_handled_is_named(stream: djp.EventStream, tmp_path: Path) -> None:
+    books = Books(stream)
+    publish(stream, 3)
+    handle(stream, tmp_path, recommend, order_files)
+    events = sum(span.end for span in stream.log.spans(["orders"]).values())
+    assert books.pending() == {"fraud": events}
+    assert books.check() == [f"fraud has not handled {events} events"]
+    handle(stream, tmp_path, fraud)
+    assert books.check() == []
+
+
+@pytest.mark.parametrize("topic", [suggestions, fraud_alerts], ids=lambda topic: topic.name)
+def test_what_is_committed_twice_is_named(stream: djp.EventStream, tmp_path: Path, topic: djp.Topic) -> None:
+    books = Books(stream)
+    stream.publish(orders, [orders.event(user_id="eve", amount=99_999, product_id="p1", quantity=1)])
+    publish(stream, 2)
+    handle(stream, tmp_path)
+    (first, *_) = (record for part in range(topic.partitions) for record in stream.records(topic, part))
+    stream.publish(topic, [first.event()])
+    assert any(f"{first.id} was committed 2 times" in problem for problem in books.check())
+
+
+def test_a_lost_suggestion_is_named(stream: djp.EventStream, tmp_path: Path) -> None:
+    books = Books(stream)
+    publish(stream, 2)
+    handle(stream, tmp_path, fraud, order_files)
+    stream.seek("recommend", "latest", reset_state=True)
+    assert any("click without a suggestion" in problem for problem in books.check())
+
+
+def test_a_lost_file_and_a_lost_alert_are_named(stream: djp.EventStream, tmp_path: Path) -> None:
+    books = Books(stream)
+    stream.publish(orders, [orders.event(user_id="eve", amount=99_999, product_id="p1", quantity=1)])
+    stream.publish(orders, [orders.event(user_id="eve", amount=None)])
+    stream.seek("order_files", "latest")
+    stream.seek("fraud", "latest")
+    problems = books.check()
+    assert any("order in no file" in problem for problem in problems)
+    assert any("absurd order without an alert" in problem for problem in problems)
+    assert any("malformed order that is no dead letter" in problem for problem in problems)
+
+
+def test_a_record_in_two_files_is_named(stream: djp.EventStream, tmp_path: Path) -> None:
+    books = Books(stream)
+    publish(stream, 1)
+    handle(stream, tmp_path)
+    stream.seek("order_files", "earliest")
+    handle(stream, tmp_path, order_files)
+    assert any("is in 2 files" in problem for problem in books.check())
+
+
+def test_the_summary_is_one_line_without_a_terminal(
+    stream: djp.EventStream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    books = Books(stream)
+    publish(stream, 2)
+    handle(stream, tmp_path, fraud)
+    with Show(books) as show:
+        show.refresh()
+        show.refresh()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "published 400 " in line
+    assert "recommend: 0 handled" in line

@@ -1,0 +1,106 @@
+"""The definitions load, and their handlers do what the tour says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pandas as pd
+
+import djp_dagster as djp
+from definitions import clicks, defs, fraud, fraud_alerts, order_files, orders, recommend
+from demo.home import REPOSITORY
+from djp_dagster.testing import run_consumer
+
+
+def test_they_load() -> None:
+    dg.Definitions.validate_loadable(defs)
+
+
+def test_dagster_finds_nothing_wrong_with_the_workspace(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    (tmp_path / "dagster.yaml").write_bytes((REPOSITORY / "demo" / "dagster.yaml").read_bytes())
+    command = [Path(sys.executable).with_name("dagster"), "definitions", "validate", "-w", "workspace.yaml"]
+    done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "shop" in done.stdout + done.stderr
+
+
+def test_dagster_accepts_every_setting_of_the_instance(tmp_path: Path) -> None:
+    (tmp_path / "dagster.yaml").write_bytes((REPOSITORY / "demo" / "dagster.yaml").read_bytes())
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert not instance.telemetry_enabled
+        assert instance.run_monitoring_enabled
+        assert instance.get_settings("sensors")["use_threads"]
+        assert instance.get_concurrency_config().run_queue_config.max_concurrent_runs == 20
+
+
+def test_sensors_and_schedules_are_on() -> None:
+    repository = defs.get_repository_def()
+    assert repository.sensor_defs
+    assert all(sensor.default_status is dg.DefaultSensorStatus.RUNNING for sensor in repository.sensor_defs)
+    assert all(schedule.default_status is dg.DefaultScheduleStatus.RUNNING for schedule in repository.schedule_defs)
+
+
+def test_recommend_suggests_what_was_seen_before() -> None:
+    seen = [("ada", "p1"), ("ada", "p2"), ("bob", "p9"), ("ada", "p1"), ("ada", "p3")]
+    done = run_consumer(recommend, [clicks.event(user_id=user, product_id=product) for user, product in seen])
+    made = [(r.data["user_id"], r.data["views"], r.data["products"]) for r in done.emitted["suggestions"]]
+    assert [one for one in made if one[0] == "ada"] == [
+        ("ada", 1, []),
+        ("ada", 2, ["p1"]),
+        ("ada", 3, ["p2"]),
+        ("ada", 4, ["p1", "p2"]),
+    ]
+    assert ("bob", 1, []) in made
+    assert done.state["ada"]["products"] == ["p3", "p1", "p2"]
+
+
+def test_recommend_handles_a_click_that_was_published_twice_once() -> None:
+    click = clicks.event(user_id="ada", product_id="p1")
+    done = run_consumer(recommend, [click, click, clicks.event(user_id="ada", product_id="p2")])
+    assert [record.data["views"] for record in done.emitted["suggestions"]] == [1, 2]
+
+
+def test_recommend_goes_on_without_a_malformed_click() -> None:
+    events = [clicks.event(user_id="ada", product_id="p1"), clicks.event(user_id="ada", page="/")]
+    done = run_consumer(recommend, [*events, clicks.event(user_id="ada", product_id="p2")])
+    assert [letter.error_type for letter in done.dead_letters] == ["KeyError"]
+    assert [record.data["products"] for record in done.emitted["suggestions"]] == [[], ["p1"]]
+
+
+def order(user_id: str = "ada", **data: object) -> djp.Event:
+    return orders.event(user_id=user_id, **data)
+
+
+def test_fraud_flags_absurd_amounts_and_many_orders_at_once() -> None:
+    absurd = order("eve", amount=50_000)
+    placed = [order("bot", amount=10) for _ in range(26)]
+    done = run_consumer(fraud, [order(amount=12.5), absurd, *placed, *[order("carl", amount=1) for _ in range(25)]])
+    alerts = {record.data["user_id"]: record.data for record in done.emitted["fraud_alerts"]}
+    assert alerts == {
+        "eve": {"user_id": "eve", "order": absurd.id, "reason": "an amount of 50000"},
+        "bot": {"user_id": "bot", "order": placed[-1].id, "reason": "26 orders at once"},
+    }
+    assert fraud_alerts.name in done.emitted
+    assert done.dead_letters == []
+
+
+def test_fraud_sends_orders_without_an_amount_to_the_dead_letters() -> None:
+    bad = [order(amount=None), order(amount="12"), order()]
+    done = run_consumer(fraud, [order(amount=1), *bad, order(amount=20_000)])
+    assert len(done.dead_letters) == 3
+    assert {letter.error for letter in done.dead_letters} == {"an order needs an amount"}
+    assert len(done.emitted["fraud_alerts"]) == 1
+
+
+def test_order_files_hold_each_sound_order_once() -> None:
+    twice = order(amount=2.5, product_id="p2", quantity=1)
+    done = run_consumer(
+        order_files, [order(amount=1.5, product_id="p1", quantity=1), twice, twice, order(amount=None), order()]
+    )
+    (frame,) = done.outputs
+    assert isinstance(frame, pd.DataFrame)
+    assert sorted(frame["amount"]) == [1.5, 2.5]
+    assert {"event_id", "user_id", "product_id", "append_time"} <= set(frame.columns)
+    assert done.dead_letters == []
