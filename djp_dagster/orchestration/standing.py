@@ -26,6 +26,7 @@ from djp_dagster.streams.stream import EventStream
 
 _CONFIRM_S = 4.0
 _YOUNG_S = 600.0
+_STARTING_S = 180.0  # after which Dagster's own run monitoring gives a run up
 
 
 class Standing(NamedTuple):
@@ -96,7 +97,9 @@ class Lookout:
             return Standing(True, False, f"{name} has not been heard of for longer than a lease")
         # A run of somebody's own, past this package's step, does other things.
         ours = DIGEST_TAG in run.tags or WORKER_TAG in run.tags
-        young = time.time() - (record.start_time or record.update_timestamp.timestamp()) < _YOUNG_S
+        starting = run.status == dg.DagsterRunStatus.STARTING
+        age_s = time.time() - (record.start_time or record.update_timestamp.timestamp())
+        young = age_s < (_STARTING_S if starting else _YOUNG_S)
         canceled = run.status == dg.DagsterRunStatus.CANCELING
         return Standing(ours and young, False, f"{name} is {'being canceled' if canceled else 'starting'}")
 
