@@ -256,9 +256,10 @@ class TestUnderWay:
     ) -> None:
         first = asked(instance, due)
         run = as_requested(instance, first, status)
-        later(monkeypatch, standing, 590)
+        patience_s = 180 if status == Status.STARTING else 600
+        later(monkeypatch, standing, patience_s - 10)
         assert run.run_id[:8] in refused(instance, due)
-        later(monkeypatch, standing, 610)
+        later(monkeypatch, standing, patience_s + 10)
         assert asked(instance, due).run_key != first.run_key, "Dagster would take it for the same"
         assert status_of(instance, run) == status
 

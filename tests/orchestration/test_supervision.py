@@ -199,9 +199,10 @@ class TestDead:
         wanted = crew()
         first = launched(instance, made, wanted)
         run = started(instance, first, status)
-        later(monkeypatch, standing, 590)
+        patience_s = 180 if status == Status.STARTING else 600
+        later(monkeypatch, standing, patience_s - 10)
         assert "is starting" in said(instance, made, wanted)
-        later(monkeypatch, standing, 610)
+        later(monkeypatch, standing, patience_s + 10)
         assert launched(instance, made, wanted).run_key != first.run_key, "Dagster would take it for the same"
         assert status_of(instance, run) == status, "nothing proves that it is dead"
 
