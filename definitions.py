@@ -75,7 +75,7 @@ consumers = [djp.build_stream_asset(consumer, group_name="shop") for consumer in
 
 
 @dg.asset(group_name="shop", automation_condition=dg.AutomationCondition.eager())
-def revenue(order_files: djp.BatchOutputs) -> dg.MaterializeResult[float]:  # type: ignore[type-arg]
+def revenue(order_files: djp.BatchOutputs[pd.DataFrame]) -> dg.MaterializeResult[float]:
     """The amount of the order files that are new since this was last materialized."""
     new = [output.load()["amount"].sum() for output in order_files.since(reader="revenue")]
     amount = round(float(sum(new)), 2)

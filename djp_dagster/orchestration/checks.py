@@ -4,9 +4,8 @@ In a run they are a step after the asset. Between runs `build_check_sensor` eval
 changed.
 """
 
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import dagster as dg
@@ -95,10 +94,10 @@ def build_check_sensor(
     minimum_interval_seconds: int = 30,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
 ) -> dg.SensorDefinition:
-    """A sensor that evaluates checks of `build_stream_checks` and reports what has changed, without any run.
+    """A sensor that evaluates checks of `build_stream_checks` and reports what is new, without any run.
 
     A tick looks a few rows up for each consumer. What it reports is a check evaluation in Dagster's event log, about 10
-    ms each: at a change, and every ten minutes.
+    ms each: at a change, after a materialization, and every ten minutes.
 
     Args:
         checks: what `build_stream_checks` made.
@@ -118,19 +117,23 @@ def build_check_sensor(
         context: dg.SensorEvaluationContext, event_stream: SqlEventStream
     ) -> dg.SensorResult | dg.SkipReason:
         stream = event_stream.open()
-        known, now = _known(context.cursor), time.time()
+        said, now = _said(context.cursor), time.time()
+        latest = _latest_materializations(context.instance, specs)
         changed: dict[str, dg.AssetCheckEvaluation] = {}
         for spec in specs:
             check, verdict = _id_of(spec), evaluate(stream, spec)
-            passed, said_at = known.get(check, (None, 0.0))
-            if passed != verdict.passed or now - said_at > _REPEAT_S:
-                known[check] = (verdict.passed, now)
+            before, since = said.get(check), latest.get(spec.asset_key)
+            # Dagster shows a check that is older than its asset's latest materialization as not executed.
+            if before is None or before[::2] != (verdict.passed, since) or now - before[1] > _REPEAT_S:
+                said[check] = (verdict.passed, now, since)
                 changed[check] = _evaluation(spec, verdict)
         if not changed:
             return dg.SkipReason("no check has changed")
-        told = ", ".join(f"{check} {'passes' if said.passed else 'fails'}" for check, said in changed.items())
+        told = ", ".join(f"{check} {'passes' if one.passed else 'fails'}" for check, one in changed.items())
         return dg.SensorResult(
-            asset_events=list(changed.values()), cursor=json.dumps(known), skip_reason=f"reported: {told}"
+            asset_events=list(changed.values()),
+            cursor=msgspec.json.encode(said).decode(),
+            skip_reason=f"reported: {told}",
         )
 
     return check_sensor
@@ -190,12 +193,23 @@ def _id_of(spec: dg.AssetCheckSpec) -> str:
     return f"{spec.asset_key.to_user_string()}:{spec.name}"
 
 
-def _known(cursor: str | None) -> dict[str, tuple[bool, float]]:
-    """What was said last, and when. A cursor is a hint: one that cannot be read only makes everything be said again."""
+Said = tuple[bool, float, int | None]
+"""What was said of a check, when, and which materialization of its asset was the latest then."""
+
+
+def _said(cursor: str | None) -> dict[str, Said]:
+    """What was said last. A cursor is a hint: one that cannot be read only makes everything be said again."""
     try:
-        return msgspec.json.decode(cursor or "{}", type=dict[str, tuple[bool, float]])
+        return msgspec.json.decode(cursor or "{}", type=dict[str, Said])
     except msgspec.MsgspecError:
         return {}
+
+
+def _latest_materializations(
+    instance: dg.DagsterInstance, specs: Sequence[dg.AssetCheckSpec]
+) -> dict[dg.AssetKey, int | None]:
+    records = instance.get_asset_records(list({spec.asset_key for spec in specs}))
+    return {record.asset_entry.asset_key: record.asset_entry.last_materialization_storage_id for record in records}
 
 
 _DESCRIPTIONS = {

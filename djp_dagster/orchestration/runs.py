@@ -24,6 +24,7 @@ IN_FLIGHT = [
 FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _PAUSES_S = (0.0, 10.0, 60.0, 300.0, 900.0)
 _CROWD = 200
+_RUN_KEY_TAG = "dagster/run_key"
 
 
 def request_run(
@@ -67,10 +68,24 @@ def request_run(
         )
     last = finished[0].dagster_run.run_id[:8] if finished else "first"
     return dg.RunRequest(
-        run_key=f"{group}:{look.digest}:{last}{ignored}",
+        run_key=fresh_key(instance, f"{group}:{look.digest}:{last}{ignored}"),
         tags={**(tags or {}), **tags_of(stream, group, look)},
         run_config=run_config,
     )
+
+
+def fresh_key(instance: dg.DagsterInstance, key: str) -> str:
+    """The key, or one that goes on from it if a run has had it and was submitted: Dagster would skip it for ever.
+
+    Whatever else a tick reads (tags, finished runs) may have been wiped while that run was left.
+    """
+    count = 0
+    while True:
+        wanted = f"{key}:{count}" if count else key
+        runs = instance.get_runs(dg.RunsFilter(tags={_RUN_KEY_TAG: wanted}))
+        if all(run.status == dg.DagsterRunStatus.NOT_STARTED for run in runs):
+            return wanted
+        count += 1
 
 
 def tags_of(stream: EventStream, group: str, look: Look) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import dagster as dg
 
-from djp_dagster.orchestration.runs import FINISHED, in_flight
+from djp_dagster.orchestration.runs import FINISHED, fresh_key, in_flight
 from djp_dagster.orchestration.standing import Lookout, Standing, Suspects, tasks_of
 from djp_dagster.orchestration.tags import ASKED_BY_TAG, CODE_TAG, PLACE_TAG, SLOT_TAG, WORKER_TAG, owner_of
 from djp_dagster.processing.consumer import Consumer
@@ -93,7 +93,7 @@ def supervise(
         elif (wait_s := _left_to_wait(ended[slot])) > 0:
             told.append(f"worker {slot} ended soon after its start; trying again in {wait_s:.0f} s")
         else:
-            launches.append(_launch(crew, slot, ended[slot], under_way, ignored.get(slot, [])))
+            launches.append(_launch(instance, crew, slot, ended[slot], under_way, ignored.get(slot, [])))
     for slot in set(slots) - set(wanted):
         _ask_to_leave(stream, crew, slots[slot])
     return launches, told
@@ -122,12 +122,17 @@ def _settle(stream: EventStream, crew: Crew, under_way: Sequence[Seen]) -> str:
 
 
 def _launch(
-    crew: Crew, slot: str, ended: Sequence[dg.RunRecord], outdated: Sequence[Seen], ignored: Sequence[Seen]
+    instance: dg.DagsterInstance,
+    crew: Crew,
+    slot: str,
+    ended: Sequence[dg.RunRecord],
+    outdated: Sequence[Seen],
+    ignored: Sequence[Seen],
 ) -> Launch:
     before = [record.dagster_run.run_id for record in ended[:1]]
     before += [seen.run_id for seen in (*outdated[:1], *ignored[:1])]
     return Launch(
-        run_key=":".join([crew.tag, slot, crew.code_version, *(run_id[:8] for run_id in before)]),
+        run_key=fresh_key(instance, ":".join([crew.tag, slot, crew.code_version, *(run_id[:8] for run_id in before)])),
         # A limit on the runtime of all runs is not meant for those that stay; `max_runtime` is.
         # Nor are retries: the sensor sees to that.
         tags={

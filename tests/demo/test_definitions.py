@@ -104,3 +104,24 @@ def test_order_files_hold_each_sound_order_once() -> None:
     assert sorted(frame["amount"]) == [1.5, 2.5]
     assert {"event_id", "user_id", "product_id", "append_time"} <= set(frame.columns)
     assert done.dead_letters == []
+
+
+def test_revenue_adds_up_each_file_once(tmp_path: Path) -> None:
+    with dg.DagsterInstance.ephemeral() as instance:
+        event_stream = djp.SqlEventStream(url=f"sqlite:///{tmp_path / 'stream.db'}")
+        stream = event_stream.open()
+        stream.create_topic(orders)
+        amounts = []
+        for placed in ([10, 2.5], [], [7]):
+            if placed:
+                stream.publish(orders, [order(amount=amount) for amount in placed])
+                djp.run_pending(stream, order_files)
+            done = dg.materialize(
+                [*(asset for asset in defs.assets if isinstance(asset, dg.AssetsDefinition))],
+                selection="revenue",
+                resources={"event_stream": event_stream},
+                instance=instance,
+            )
+            amounts.append(done.output_for_node("revenue"))
+        stream.close()
+    assert amounts == [12.5, 0.0, 7.0]
