@@ -20,7 +20,7 @@ reads may be wiped: a second worker in a slot shares the tasks with the first, a
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import dagster as dg
@@ -55,10 +55,10 @@ class Crew(NamedTuple):
         return [consumer.group for consumer in self.consumers]
 
 
-def crew_code_version(consumers: Sequence[Consumer]) -> str:
-    """Changes when the code of any consumer does."""
+def crew_code_version(consumers: Sequence[Consumer], settings: Mapping[str, object]) -> str:
+    """Changes when the code of any consumer does, or how the workers are set."""
     versions = [(consumer.group, consumer.code_version) for consumer in consumers]
-    return hashlib.sha256(repr(sorted(versions)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((sorted(versions), sorted(settings.items()))).encode()).hexdigest()[:12]
 
 
 class Launch(NamedTuple):

@@ -125,11 +125,11 @@ def build_worker_sensor(
     """A sensor that keeps worker runs at work: long runs that loop over the consumers, milliseconds behind the stream.
 
     Workers share the tasks (partitions) of each consumer evenly; if one dies, the others take over after one lease, and
-    the sensor replaces it. On changed code, or after ``max_runtime``, a new run starts, then takes over from the old
-    one within about two seconds. A terminated run finishes and commits the batch under way. Each worker run takes a
-    place in Dagster's run queue for as long as it lives; a ``pool`` must have one place more than there are workers, or
-    a hand-over waits a minute. Turning the sensor off, or renaming the workers, leaves their runs at work: terminate
-    them.
+    the sensor replaces it. On changed code or settings, or after ``max_runtime``, a new run starts, then takes
+    over from the old one within about two seconds. A terminated run finishes and commits the batch under way. Each worker run
+    takes a place in Dagster's run queue for as long as it lives; a ``pool`` must have one place more than there are
+    workers, or a hand-over waits a minute. Turning the sensor off, or renaming the workers, leaves their runs at work:
+    terminate them.
 
     Args:
         consumers: what each worker runs.
@@ -148,13 +148,13 @@ def build_worker_sensor(
         InvalidSettingError: no consumer, two of one group, or no worker.
     """
     name = check_name("worker", name or "worker")
-    crew = _crew(name, consumers, workers, max_runtime)
-    job = _worker_job(name, crew, pool)
     config = {
         "lease": f"{parse_seconds(lease, name='lease')}s",
         "report_every": f"{parse_seconds(report_every, name='report_every')}s",
         "stuck_after": f"{parse_seconds(stuck_after, name='stuck_after')}s",
     }
+    crew = _crew(name, consumers, workers, max_runtime, config)
+    job = _worker_job(name, crew, pool)
 
     @dg.sensor(
         name=f"{identifier(name)}_sensor",
@@ -213,7 +213,13 @@ def _location_of(context: dg.SensorEvaluationContext) -> str:
     return origin.location_name if origin is not None else ""
 
 
-def _crew(name: str, consumers: Sequence[Consumer], workers: int, max_runtime: Duration | None) -> Crew:
+def _crew(
+    name: str,
+    consumers: Sequence[Consumer],
+    workers: int,
+    max_runtime: Duration | None,
+    settings: Mapping[str, object],
+) -> Crew:
     groups = [consumer.group for consumer in consumers]
     if not consumers or len(set(groups)) != len(groups):
         raise InvalidSettingError(
@@ -222,7 +228,7 @@ def _crew(name: str, consumers: Sequence[Consumer], workers: int, max_runtime: D
     if not is_count(workers) or workers < 1:
         raise InvalidSettingError(f"workers={workers!r} must be 1 or more", setting="workers", value=workers)
     max_runtime_s = None if max_runtime is None else parse_seconds(max_runtime, name="max_runtime")
-    return Crew(name, tuple(consumers), workers, crew_code_version(consumers), max_runtime_s)
+    return Crew(name, tuple(consumers), workers, crew_code_version(consumers, settings), max_runtime_s)
 
 
 def _worker_job(name: str, crew: Crew, pool: str | None) -> dg.JobDefinition:

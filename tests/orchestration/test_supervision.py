@@ -389,8 +389,9 @@ def test_the_code_version_is_that_of_all_consumers() -> None:
     @consumer(topic=ORDERS, group="audit", code_version="other")
     def changed(batch: djp.Batch) -> None: ...
 
-    assert crew_code_version([copy, audit]) == crew_code_version([audit, copy])
-    assert crew_code_version([copy, audit]) != crew_code_version([copy, changed])
+    assert crew_code_version([copy, audit], {}) == crew_code_version([audit, copy], {})
+    assert crew_code_version([copy, audit], {}) != crew_code_version([copy, changed], {})
+    assert crew_code_version([copy, audit], {"lease": "5s"}) != crew_code_version([copy, audit], {"lease": "9s"})
 
 
 def test_a_slot_that_crash_loops_hides_no_other_slots_last_run(
