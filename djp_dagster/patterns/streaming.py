@@ -125,9 +125,9 @@ def build_worker_sensor(
     """A sensor that keeps worker runs at work: long runs that loop over the consumers, milliseconds behind the stream.
 
     Workers share the tasks (partitions) of each consumer evenly; if one dies, the others take over after one lease, and
-    the sensor replaces it. On changed code or settings, or after ``max_runtime``, a new run starts, then takes
-    over from the old one within about two seconds. A terminated run finishes and commits the batch under way. Each worker run
-    takes a place in Dagster's run queue for as long as it lives; a ``pool`` must have one place more than there are
+    the sensor replaces it. On changed code or settings, or after ``max_runtime``, a new run starts, then takes over
+    from the old one within about two seconds. A terminated run finishes and commits the batch under way. Each worker
+    run takes a place in Dagster's run queue for as long as it lives; a ``pool`` must have one place more than there are
     workers, or a hand-over waits a minute. Turning the sensor off, or renaming the workers, leaves their runs at work:
     terminate them.
 
