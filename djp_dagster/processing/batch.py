@@ -46,7 +46,9 @@ class ByteCount:
         """Count the records from ``start`` to ``end`` of a stored record batch."""
         if end > self._read_to.get(at, -1):
             self._read_to[at] = end
-            self.total += len(stored.blob) * (end - start) // stored.count
+            size, base = len(stored.blob), stored.base_offset
+            # Rounded from the beginning of the record batch, so that the parts of it add up.
+            self.total += size * (end - base) // stored.count - size * (start - base) // stored.count
 
 
 def read_ranges(
