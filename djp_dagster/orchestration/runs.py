@@ -68,7 +68,7 @@ def request_run(
         )
     last = finished[0].dagster_run.run_id[:8] if finished else "first"
     return dg.RunRequest(
-        run_key=fresh_key(instance, f"{group}:{look.digest}:{last}{ignored}"),
+        run_key=f"{group}:{look.digest}:{last}{ignored}",
         tags={**(tags or {}), **tags_of(stream, group, look)},
         run_config=run_config,
     )
