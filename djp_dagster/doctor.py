@@ -138,6 +138,16 @@ def examine_group(stream: EventStream, info: GroupInfo) -> Iterator[Finding]:
         )
     for intent in intents:
         yield from _examine_intent(subject, intent, tasks, now)
+    # A run is a paused member, too, but one that is at work holds the tasks.
+    paused = [member.owner for member in stream.coordinator.members(info.name) if member.live and member.paused]
+    if paused and backlog.events and not held:
+        yield Finding(
+            "problem",
+            "paused",
+            subject,
+            f"{backlog.events:,} events are pending, and {', '.join(paused)} waits after a failure",
+            "the run's log says why; it tries again by itself within 5 minutes, and at once if its run is terminated",
+        )
     letters = stream.coordinator.count_dead_letters(info.name, "pending")
     if letters:
         yield Finding(

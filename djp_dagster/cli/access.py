@@ -17,6 +17,8 @@ class Access:
 
     def __init__(self, context: click.Context, target: str | None) -> None:
         self._context = context
+        if target is not None and not target.strip():
+            raise click.UsageError("--stream is empty; name a file or a URL, or leave it out")
         if target:
             self.target, self.named_by = target, "--stream"
         else:
@@ -46,10 +48,15 @@ class Access:
         from djp_dagster.streams.stream import open_stream
 
         path = self.path
+        if path is None and self.target.startswith("sqlite"):
+            raise click.ClickException(
+                f"{self.target!r} is a stream in memory, gone when the command ends; name a file"
+            )
         if path is not None and not create and not _holds_something(path):
             raise click.ClickException(
                 f"there is no stream at {str(path.absolute())!r}, which {self.named_by} names; name another with "
-                f"--stream or ${URL_VARIABLE}, or make it: djp publish TOPIC --create"
+                f"--stream or ${URL_VARIABLE}, or make it: "
+                "djp publish TOPIC --create --partitions N --key PATH"
             )
         if path is not None and create and self.named_by == "the default place":
             path.parent.mkdir(parents=True, exist_ok=True)

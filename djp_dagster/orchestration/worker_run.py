@@ -193,7 +193,7 @@ class Watchdog:
 
 
 def _say_paused(context: dg.OpExecutionContext, consumer: Consumer, error: DjpError) -> None:
-    context.log.error("consumer %s pauses and is tried again later: %s", consumer.group, error)
+    context.log.error("consumer %s pauses and is tried again later: %s", consumer.group, error, exc_info=error)
 
 
 @contextlib.contextmanager

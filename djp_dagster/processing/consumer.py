@@ -12,7 +12,7 @@ from djp_dagster.processing.threshold import Threshold
 from djp_dagster.streams.model import GroupInfo, GroupSpec
 from djp_dagster.streams.stream import EventStream, StartPosition, parse_start
 from djp_dagster.streams.topics import Topic, check_name
-from djp_dagster.units import Size, parse_bytes
+from djp_dagster.units import Size, is_count, parse_bytes
 
 Isolation = Literal["batch", "per_event"]
 OnPoison = Literal["dead_letter", "block"]
@@ -53,6 +53,7 @@ class Consumer:
         code_version: str | None,
         asset_key: str | Sequence[str] | None = None,
     ) -> None:
+        _require_plain(handler)
         self.handler = handler
         self.topics, self.emits = tuple(topics), tuple(emits)
         self.group = check_name("group", group)
@@ -137,6 +138,18 @@ def _constant(value: object) -> str:
     return repr((value.co_code, value.co_names, [_constant(one) for one in inner]))  # type: ignore[attr-defined]
 
 
+def _require_plain(handler: Handler) -> None:
+    """Calling a coroutine function or a generator function runs nothing of it: events would pass unhandled."""
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(is_kind(handler) for is_kind in kinds):
+        raise InvalidSettingError(
+            f"handler {handler!r} is async or has a yield, so calling it would do nothing; make it a plain function "
+            "(asyncio.run inside it; batch.emit instead of yield)",
+            setting="handler",
+            value=repr(handler),
+        )
+
+
 def _resource_names(handler: Handler) -> tuple[str, ...]:
     parameters = list(inspect.signature(handler).parameters.values())
     if not parameters or parameters[0].kind not in (
@@ -187,7 +200,8 @@ def consumer(
         max_batch: bounds every batch in events and bytes; one record at least.
         stateful: the handler uses ``batch.state``; its batches then hold one task each.
         isolate: ``"batch"``, or ``"per_event"`` for a function that takes one `Record` (and, if it has a parameter
-            ``batch``, the batch): a failing record is dead-lettered alone, without a search.
+            ``batch``, the batch): a failing record is dead-lettered alone, without a search. What it returns is not
+            kept.
         on_poison: ``"dead_letter"`` goes on without poison records; ``"block"`` stops at the first, keeping order.
         max_poison: more poison records than this in one batch are a failure of the code, not of the data.
         retry: patience with transient failures.
@@ -210,6 +224,16 @@ def consumer(
     """
     reads = (*(() if topic is None else (topic,)), *topics)
     _require(bool(reads), "topic", None, "name at least one topic to read")
+    for name, topics_given in (("topic", reads), ("emits", emits)):
+        _require(
+            not isinstance(topics_given, str | Topic) and all(isinstance(one, Topic) for one in topics_given),
+            name,
+            topics_given,
+            "give Topic objects, emits as a list of them",
+        )
+    _require(isinstance(max_batch, Threshold), "max_batch", max_batch, "give a Threshold(events=..., bytes=...)")
+    _require(isinstance(retry, RetryPolicy), "retry", retry, "give a RetryPolicy(max_attempts=...)")
+    _require(is_count(max_poison), "max_poison", max_poison, "give a whole number")
     _require(isolate in ("batch", "per_event"), "isolate", isolate, "use 'batch' or 'per_event'")
     _require(on_poison in ("dead_letter", "block"), "on_poison", on_poison, "use 'dead_letter' or 'block'")
     _require(max_poison >= 0, "max_poison", max_poison, "use 0 or more")
@@ -219,7 +243,12 @@ def consumer(
         max_batch,
         "bound it by events or bytes",
     )
-    _require(start in ("earliest", "latest") or isinstance(start, datetime), "start", start, "see parse_start")
+    _require(
+        start in ("earliest", "latest") or isinstance(start, datetime),
+        "start",
+        start,
+        "use 'earliest', 'latest', or a datetime with a time zone",
+    )
 
     def decorate(handler: Handler) -> Consumer:
         return Consumer(

@@ -68,6 +68,15 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     transient: tuple[type[BaseException], ...] = ()
 
     def __post_init__(self) -> None:
+        given: object = self.transient
+        named: tuple[object, ...] = tuple(given) if isinstance(given, tuple | list) else (given,)
+        if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in named):
+            raise InvalidSettingError(
+                f"RetryPolicy(transient={self.transient!r}) must be exception types, e.g. (ValueError,)",
+                setting="transient",
+                value=repr(self.transient),
+            )
+        msgspec.structs.force_setattr(self, "transient", named)
         if self.max_attempts < 1:
             raise InvalidSettingError(
                 f"RetryPolicy(max_attempts={self.max_attempts}) must be at least 1",

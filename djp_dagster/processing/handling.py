@@ -1,5 +1,6 @@
 """Steps 3 and 4 of the protocol: read a batch for its handler, run the handler, collect what it wants to happen."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from djp_dagster.state.store import Change, TaskState, TaskStores
 from djp_dagster.streams.model import DeadLetter, Intent, Lease, Range
 from djp_dagster.streams.records import EncodedBatch, Origin, Record, Undecodable, decode_one
 from djp_dagster.streams.stream import EventStream
+
+_log = logging.getLogger(__name__)
 
 
 class Attempt(msgspec.Struct):
@@ -107,6 +110,9 @@ class Handling:
             except Exception as error:
                 if consumer.retry.judge(error) != "terminal":
                     raise
+                if not effects.failed:
+                    # Once per batch: the dead letters have the type and the text of each.
+                    _log.warning("handler %s failed on record %s", batch.group, record.position, exc_info=error)
                 effects.undo(mark)
                 if state is not None:
                     state.undo(state_mark)

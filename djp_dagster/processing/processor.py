@@ -204,6 +204,9 @@ class Processor:
         )
 
     def _after_failure(self, lease: Lease, intent: Intent, error: Exception) -> Intent:
+        _log.warning(
+            "handler %s failed on batch %s, attempt %d", intent.group, intent.batch_id, intent.attempt, exc_info=error
+        )
         if self._consumer.retry.judge(error) == "transient":
             return self._retry(lease, intent, error)
         try:

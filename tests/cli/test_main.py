@@ -108,3 +108,11 @@ def test_the_script_says_its_version_and_loads_no_dagster() -> None:
     code = "import sys; from djp_dagster.cli import main\ntry: main(['topics'])\nexcept SystemExit: print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not {"dagster", "pandas", "pyarrow", "boto3", "rich"} & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize(("target", "said"), [("", "--stream is empty"), ("sqlite://", "in memory")])
+def test_a_stream_that_cannot_be_meant_is_refused(target: str, said: str) -> None:
+    for command in (["topics"], ["publish", "t", "-", "--create"]):
+        done = CliRunner().invoke(main, ["--stream", target, *command], input="{}\n")
+        assert done.exit_code != 0
+        assert said in done.output

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from djp_dagster import Batch, EventStream, Threshold, Topic, consumer, run_pending
+from djp_dagster import Batch, EventStream, RetryPolicy, Threshold, Topic, consumer, run_pending
 from djp_dagster.errors import GroupMismatchError, InvalidSettingError, TopicMismatchError
 from djp_dagster.testing import Clock
 from tests.processing.kit import NUMBERS, OUT, fill, numbers
@@ -102,3 +102,47 @@ def test_a_run_makes_what_is_missing(stream: EventStream) -> None:
     run_pending(stream, consumer(topic=NUMBERS, emits=[OUT])(handler))
     assert [info.name for info in stream.topics()] == ["numbers", "out"]
     assert [info.name for info in stream.groups()] == ["handler"]
+
+
+async def _coroutine(batch: object) -> None:
+    raise AssertionError
+
+
+def _generator(batch: object) -> object:
+    yield batch
+
+
+async def _async_generator(batch: object) -> object:
+    yield batch
+
+
+@pytest.mark.parametrize("handler", [_coroutine, _generator, _async_generator])
+@pytest.mark.parametrize("isolate", ["batch", "per_event"])
+def test_handlers_that_a_call_would_not_run_are_refused(handler: object, isolate: str) -> None:
+    with pytest.raises(InvalidSettingError, match="async or has a yield"):
+        consumer(topic=Topic("t"), isolate=isolate)(handler)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("retry", 3),
+        ("max_batch", 100),
+        ("max_poison", "1"),
+        ("emits", ["alerts"]),
+        ("emits", Topic("alerts")),
+        ("topic", "readings"),
+        ("start", "yesterday"),
+    ],
+)
+def test_wrong_types_are_named_at_once(name: str, value: object) -> None:
+    given = {"topic": Topic("t"), name: value}
+    with pytest.raises(InvalidSettingError, match=rf"@consumer\({name}="):
+        consumer(**given)  # type: ignore[arg-type]
+
+
+def test_a_retry_policy_takes_one_exception_type_or_several() -> None:
+    assert RetryPolicy(transient=ValueError).transient == (ValueError,)  # type: ignore[arg-type]
+    assert RetryPolicy(transient=[ValueError, KeyError]).transient == (ValueError, KeyError)  # type: ignore[arg-type]
+    with pytest.raises(InvalidSettingError, match="exception types"):
+        RetryPolicy(transient=("ValueError",))  # type: ignore[arg-type]
