@@ -335,7 +335,7 @@ class TestMeeting:
         publish(stream, 5)
         with in_thread(lambda: djp.run_pending(stream, slow, owner="first"), go_on) as first:
             assert entered.wait(30)
-            with dg.DagsterInstance.ephemeral() as other:
+            with dg.instance_for_test() as other:  # in a file: two threads use it
                 with in_thread(lambda: materialize(slow, other, resource)) as second:
                     wait_until(lambda: other.get_runs_count() == 1, "the second to begin")
                     assert copied(stream) == []

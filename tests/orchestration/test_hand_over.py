@@ -73,8 +73,8 @@ def test_the_old_one_finishes_its_batch_and_the_new_one_goes_on(
 
     old_reports: list[BatchReport] = []
     new_reports: list[BatchReport] = []
-    old = Worker(stream, [slowly], owner="run-old", lease=0.6, on_report=old_reports.append)
-    new = Worker(stream, [move], owner="run-new", lease=0.6, on_report=new_reports.append, replaces=["run-old"])
+    old = Worker(stream, [slowly], owner="run-old", lease=3.0, on_report=old_reports.append)
+    new = Worker(stream, [move], owner="run-new", lease=3.0, on_report=new_reports.append, replaces=["run-old"])
     publish(stream, 40)
     stop_old, stop_new = threading.Event(), threading.Event()
     with in_thread(lambda: old.run(stop_old), go_on) as first:
@@ -109,8 +109,8 @@ def test_the_old_one_finishes_its_batch_and_the_new_one_goes_on(
 
 
 def test_it_is_asked_in_every_group_and_leaves_them_all(stream: EventStream) -> None:
-    old = Worker(stream, [move, watch], owner="run-old", lease=0.6)
-    new = Worker(stream, [watch, move], owner="run-new", lease=0.6, replaces=["run-old"])
+    old = Worker(stream, [move, watch], owner="run-old", lease=3.0)
+    new = Worker(stream, [watch, move], owner="run-new", lease=3.0, replaces=["run-old"])
     stop_old, stop_new = threading.Event(), threading.Event()
     with in_thread(lambda: old.run(stop_old), stop_old) as first:
         wait_until(lambda: _made(stream) and owners(stream, "watch") == {old.owner}, "the old one to work")
@@ -132,7 +132,7 @@ def _made(stream: EventStream) -> bool:
 def test_one_that_replaces_nobody_works_all_the_same(stream: EventStream) -> None:
     stop = threading.Event()
     publish(stream, 10)
-    worker = Worker(stream, [move], lease=0.6, replaces=["run-never-there"])
+    worker = Worker(stream, [move], lease=3.0, replaces=["run-never-there"])
     with in_thread(lambda: worker.run(stop), stop) as outcome:
         wait_until(lambda: done(stream) == list(range(10)), "the work")
     assert outcome == [None]
@@ -140,9 +140,9 @@ def test_one_that_replaces_nobody_works_all_the_same(stream: EventStream) -> Non
 
 
 def test_a_bystander_stays(stream: EventStream) -> None:
-    old = Worker(stream, [move], owner="run-old", lease=0.6)
-    bystander = Worker(stream, [move], owner="run-bystander", lease=0.6)
-    new = Worker(stream, [move], owner="run-new", lease=0.6, replaces=["run-old"])
+    old = Worker(stream, [move], owner="run-old", lease=3.0)
+    bystander = Worker(stream, [move], owner="run-bystander", lease=3.0)
+    new = Worker(stream, [move], owner="run-new", lease=3.0, replaces=["run-old"])
     stops = [threading.Event() for _ in range(3)]
     publish(stream, 30)
     with (
@@ -171,7 +171,7 @@ def test_a_paused_one_stays_a_member_and_wants_no_share(stream: EventStream) -> 
 
     failures: list[djp.DjpError] = []
     publish(stream, 8)
-    one = Worker(stream, [broken], owner="run-broken", lease=0.6, on_failure=lambda _, error: failures.append(error))
+    one = Worker(stream, [broken], owner="run-broken", lease=3.0, on_failure=lambda _, error: failures.append(error))
     stop_one, stop_two = threading.Event(), threading.Event()
     with in_thread(lambda: one.run(stop_one), stop_one) as first:
         wait_until(lambda: bool(failures), "it to give up")
@@ -179,7 +179,7 @@ def test_a_paused_one_stays_a_member_and_wants_no_share(stream: EventStream) -> 
         members = stream.coordinator.members("move")
         assert [(member.owner, member.live, member.paused) for member in members] == [(one.owner, True, True)]
         assert owners(stream) == {None}
-        with in_thread(lambda: Worker(stream, [move], owner="run-whole", lease=0.6).run(stop_two), stop_two) as second:
+        with in_thread(lambda: Worker(stream, [move], owner="run-whole", lease=3.0).run(stop_two), stop_two) as second:
             wait_until(lambda: done(stream) == list(range(8)), "the other to do the work")
             beats = [member for member in stream.coordinator.members("move") if member.owner == one.owner]
             assert [(member.live, member.paused) for member in beats] == [(True, True)]
@@ -196,7 +196,7 @@ def test_a_paused_one_leaves_when_asked(stream: EventStream) -> None:
 
     paused = threading.Event()
     publish(stream, 4)
-    worker = Worker(stream, [broken], owner="run-broken", lease=0.6, on_failure=lambda *_: paused.set())
+    worker = Worker(stream, [broken], owner="run-broken", lease=3.0, on_failure=lambda *_: paused.set())
     stop = threading.Event()
     with in_thread(lambda: worker.run(stop), stop) as outcome:
         assert paused.wait(PATIENT_S)
@@ -216,7 +216,7 @@ def test_busy_is_the_batch_under_way(stream: EventStream) -> None:
         ids.append(batch.id)
 
     publish(stream, 12)
-    worker = Worker(stream, [look], lease=0.6, on_beat=lambda: idle.append(worker.busy))
+    worker = Worker(stream, [look], lease=3.0, on_beat=lambda: idle.append(worker.busy))
     idle: list[Busy | None] = []
     stop = threading.Event()
     assert worker.busy is None
@@ -238,7 +238,7 @@ def test_busy_is_cleared_after_a_failure(stream: EventStream) -> None:
 
     paused = threading.Event()
     publish(stream, 1)
-    worker = Worker(stream, [broken], lease=0.6, on_failure=lambda *_: paused.set())
+    worker = Worker(stream, [broken], lease=3.0, on_failure=lambda *_: paused.set())
     stop = threading.Event()
     with in_thread(lambda: worker.run(stop), stop):
         assert paused.wait(PATIENT_S)
