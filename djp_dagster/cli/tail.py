@@ -5,6 +5,7 @@ import heapq
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
@@ -209,7 +210,7 @@ def _in_order(records: list[Record], bad: list[Undecodable]) -> list[Record | Un
     return sorted(found, key=lambda one: one.offset) if bad else found
 
 
-class _Printer:
+class _Printer(ABC):
     """Prints records, and counts them."""
 
     def __init__(self, info: "TopicInfo") -> None:
@@ -224,9 +225,9 @@ class _Printer:
             self.printed += 1
         out.flush()
 
+    @abstractmethod
     def line(self, micros: int, partition: int, offset: int, record: Record | Undecodable) -> str:
         """One record as one line."""
-        raise NotImplementedError
 
 
 class _JsonPrinter(_Printer):

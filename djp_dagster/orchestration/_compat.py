@@ -5,10 +5,20 @@ from pathlib import Path
 
 import dagster as dg
 from dagster._core.definitions.reconstruct import repository_def_from_target_def
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._core.workspace.autodiscovery import (
     loadable_targets_from_python_file,
     loadable_targets_from_python_module,
 )
+
+__all__ = [
+    "UnresolvedAssetJobDefinition",
+    "keeps_runs_in_sqlite",
+    "load_repository",
+    "runs_in_process",
+    "sensor_tick_retention_days",
+    "states_by_name",
+]
 
 
 def load_repository(*, file: Path | None = None, module: str | None = None) -> dg.RepositoryDefinition:

@@ -96,7 +96,7 @@ def build_check_sensor(
 ) -> dg.SensorDefinition:
     """A sensor that evaluates checks of `build_stream_checks` and reports what is new, without any run.
 
-    A tick looks a few rows up for each consumer. What it reports is a check evaluation in Dagster's event log, about 10
+    A tick looks a few rows up for each consumer. What it reports is a check evaluation in Dagster's event log, 10 to 20
     ms each: at a change, after a materialization, and every ten minutes.
 
     Args:

@@ -9,7 +9,7 @@ from djp_dagster.orchestration.tags import consumer_key
 from djp_dagster.processing.consumer import Consumer
 
 if TYPE_CHECKING:
-    from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+    from djp_dagster.orchestration._compat import UnresolvedAssetJobDefinition
 
 _jobs: "WeakKeyDictionary[Consumer, UnresolvedAssetJobDefinition]" = WeakKeyDictionary()
 

@@ -24,7 +24,6 @@ IN_FLIGHT = [
 FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _PAUSES_S = (0.0, 10.0, 60.0, 300.0, 900.0)
 _CROWD = 200
-_RUN_KEY_TAG = "dagster/run_key"
 
 
 def request_run(
@@ -61,7 +60,7 @@ def request_run(
     finished = instance.get_run_records(
         dg.RunsFilter(tags={DIGEST_TAG: look.digest}, statuses=FINISHED), limit=len(_PAUSES_S)
     )
-    wait_s = _left_to_wait(finished)
+    wait_s = left_to_wait(_PAUSES_S, finished, time.time())
     if wait_s > 0:
         return dg.SkipReason(
             f"{look.reason}; {len(finished)} runs changed nothing, see the last; trying again in {wait_s:.0f} s"
@@ -72,20 +71,6 @@ def request_run(
         tags={**(tags or {}), **tags_of(stream, group, look)},
         run_config=run_config,
     )
-
-
-def fresh_key(instance: dg.DagsterInstance, key: str) -> str:
-    """The key, or one that goes on from it if a run has had it and was submitted: Dagster would skip it for ever.
-
-    Whatever else a tick reads (tags, finished runs) may have been wiped while that run was left.
-    """
-    count = 0
-    while True:
-        wanted = f"{key}:{count}" if count else key
-        runs = instance.get_runs(dg.RunsFilter(tags={_RUN_KEY_TAG: wanted}))
-        if all(run.status == dg.DagsterRunStatus.NOT_STARTED for run in runs):
-            return wanted
-        count += 1
 
 
 def tags_of(stream: EventStream, group: str, look: Look) -> dict[str, str]:
@@ -111,9 +96,9 @@ def in_flight(instance: dg.DagsterInstance, tags: Mapping[str, str]) -> list[dg.
     return [record for record in records if tags.items() <= record.dagster_run.tags.items()]
 
 
-def _left_to_wait(finished: Sequence[dg.RunRecord]) -> float:
-    """Runs that changed nothing are repeated after ever longer pauses."""
-    if not finished:
+def left_to_wait(pauses_s: Sequence[float], in_vain: Sequence[dg.RunRecord], now: float) -> float:
+    """Seconds until runs that were in vain may be followed by another: the more there are, the longer the pause."""
+    if not in_vain:
         return 0.0
-    pause_s = _PAUSES_S[min(len(finished), len(_PAUSES_S) - 1)]
-    return pause_s - (time.time() - max(record.end_time or 0.0 for record in finished))
+    pause_s = pauses_s[min(len(in_vain), len(pauses_s) - 1)]
+    return pause_s - (now - max(record.end_time or 0.0 for record in in_vain))

@@ -21,11 +21,12 @@ reads may be wiped: a second worker in a slot shares the tasks with the first, a
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import dagster as dg
 
-from djp_dagster.orchestration.runs import FINISHED, fresh_key, in_flight
+from djp_dagster.orchestration.runs import FINISHED, in_flight, left_to_wait
 from djp_dagster.orchestration.standing import Lookout, Standing, Suspects, tasks_of
 from djp_dagster.orchestration.tags import ASKED_BY_TAG, CODE_TAG, PLACE_TAG, SLOT_TAG, WORKER_TAG, owner_of
 from djp_dagster.processing.consumer import Consumer
@@ -34,6 +35,7 @@ from djp_dagster.streams.stream import EventStream
 _TOO_LONG_S = 60.0
 _SHORT_LIFE_S = 60.0
 _PAUSES_S = (0.0, 0.0, 10.0, 30.0, 60.0, 300.0)
+_RUN_KEY_TAG = "dagster/run_key"
 
 
 class Crew(NamedTuple):
@@ -90,7 +92,7 @@ def supervise(
         under_way = slots.get(slot, [])
         if slot not in missing:
             told.append(f"worker {slot}: {_settle(stream, crew, under_way)}")
-        elif (wait_s := _left_to_wait(ended[slot])) > 0:
+        elif (wait_s := left_to_wait(_PAUSES_S, _short_lives(ended[slot]), time.time())) > 0:
             told.append(f"worker {slot} ended soon after its start; trying again in {wait_s:.0f} s")
         else:
             launches.append(_launch(instance, crew, slot, ended[slot], under_way, ignored.get(slot, [])))
@@ -132,7 +134,7 @@ def _launch(
     before = [record.dagster_run.run_id for record in ended[:1]]
     before += [seen.run_id for seen in (*outdated[:1], *ignored[:1])]
     return Launch(
-        run_key=fresh_key(instance, ":".join([crew.tag, slot, crew.code_version, *(run_id[:8] for run_id in before)])),
+        run_key=_fresh_key(instance, ":".join([crew.tag, slot, crew.code_version, *(run_id[:8] for run_id in before)])),
         # A limit on the runtime of all runs is not meant for those that stay; `max_runtime` is.
         # Nor are retries: the sensor sees to that.
         tags={
@@ -145,6 +147,20 @@ def _launch(
         },
         replaces=[seen.run_id for seen in outdated],
     )
+
+
+def _fresh_key(instance: dg.DagsterInstance, key: str) -> str:
+    """The key, or one that goes on from it if a run has had it and was submitted: Dagster would skip it for ever.
+
+    Whatever else a tick reads (tags, finished runs) may have been wiped while that run was left.
+    """
+    count = 0
+    while True:
+        wanted = f"{key}:{count}" if count else key
+        runs = instance.get_runs(dg.RunsFilter(tags={_RUN_KEY_TAG: wanted}))
+        if all(run.status == dg.DagsterRunStatus.NOT_STARTED for run in runs):
+            return wanted
+        count += 1
 
 
 def _ended(instance: dg.DagsterInstance, crew: Crew, slot: str) -> Sequence[dg.RunRecord]:
@@ -179,19 +195,11 @@ def _ask_to_leave(stream: EventStream, crew: Crew, outdated: Sequence[Seen]) -> 
                 stream.coordinator.ask_to_leave(group, owner_of(seen.run_id))
 
 
-def _short_lives(last: Sequence[dg.RunRecord]) -> int:
-    """How many of the last runs, from the last one back, ended soon after their start and not in order."""
-    count = 0
-    for record in last:
-        lived_s = (record.end_time or 0.0) - (record.start_time or record.end_time or 0.0)
-        if record.dagster_run.status != dg.DagsterRunStatus.FAILURE or lived_s > _SHORT_LIFE_S:
-            break
-        count += 1
-    return count
+def _short_lives(last: Sequence[dg.RunRecord]) -> Sequence[dg.RunRecord]:
+    """Those of the last runs, from the last one back, that ended soon after their start and not in order."""
+    return list(takewhile(_was_short, last))
 
 
-def _left_to_wait(last: Sequence[dg.RunRecord]) -> float:
-    short = _short_lives(last)
-    if short == 0:
-        return 0.0
-    return _PAUSES_S[min(short, len(_PAUSES_S) - 1)] - (time.time() - (last[0].end_time or 0.0))
+def _was_short(record: dg.RunRecord) -> bool:
+    lived_s = (record.end_time or 0.0) - (record.start_time or record.end_time or 0.0)
+    return record.dagster_run.status == dg.DagsterRunStatus.FAILURE and lived_s <= _SHORT_LIFE_S

@@ -136,11 +136,8 @@ class _Beat:
         self._looked_at = time.monotonic()
 
     def __call__(self) -> None:
-        try:
+        with _whether_dagster_listens_or_not():  # what could not be told is told at the next beat
             self._beat()
-        except Exception:  # noqa: BLE001
-            # Dagster's storage is away or busy. The work goes on, and is told of at the next beat.
-            _log.warning("a worker could not tell Dagster what it did, and tries again", exc_info=True)
 
     def _beat(self) -> None:
         self._summaries.tell()
@@ -182,18 +179,29 @@ class Watchdog:
                 continue
             seconds = time.monotonic() - busy.since
             if seconds > self._stuck_after_s:
-                told = busy.batch_id
-                self._log.error(
-                    "batch %s of group %s has been under way for %.0f s; its handler may hang: terminate this run to "
-                    "free its tasks",
-                    busy.batch_id,
-                    busy.group,
-                    seconds,
-                )
+                with _whether_dagster_listens_or_not():
+                    self._log.error(
+                        "batch %s of group %s has been under way for %.0f s; its handler may hang: terminate this run "
+                        "to free its tasks",
+                        busy.batch_id,
+                        busy.group,
+                        seconds,
+                    )
+                    told = busy.batch_id
 
 
 def _say_paused(context: dg.OpExecutionContext, consumer: Consumer, error: DjpError) -> None:
-    context.log.error("consumer %s pauses and is tried again later: %s", consumer.group, error, exc_info=error)
+    with _whether_dagster_listens_or_not():
+        context.log.error("consumer %s pauses and is tried again later: %s", consumer.group, error, exc_info=error)
+
+
+@contextlib.contextmanager
+def _whether_dagster_listens_or_not() -> Iterator[None]:
+    """What the block tells Dagster may fail, for Dagster's storage is away or busy: the work goes on."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001
+        _log.warning("a worker could not tell Dagster what it does, and goes on", exc_info=True)
 
 
 @contextlib.contextmanager

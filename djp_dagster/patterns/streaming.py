@@ -4,7 +4,7 @@ A consumer says what to do with a batch. Here is who does it, and when:
 
 ==========================  ==============================================================  ======================
 `build_stream_asset`        *Materialize* does what is pending                              when somebody asks
-`build_stream_sensor`       a run per micro-batch, one at a time                            5 to 10 s
+`build_stream_sensor`       a run per micro-batch, one at a time                            p50 6 s, max 11.8 s
 `build_worker_sensor`       runs that stay and loop over one or several consumers           milliseconds
 ==========================  ==============================================================  ======================
 
@@ -126,10 +126,10 @@ def build_worker_sensor(
 
     Workers share the tasks (partitions) of each consumer evenly; if one dies, the others take over after one lease, and
     the sensor replaces it. On changed code or settings, or after ``max_runtime``, a new run starts, then takes over
-    from the old one within about two seconds. A terminated run finishes and commits the batch under way. Each worker
-    run takes a place in Dagster's run queue for as long as it lives; a ``pool`` must have one place more than there are
-    workers, or a hand-over waits a minute. Turning the sensor off, or renaming the workers, leaves their runs at work:
-    terminate them.
+    from the old one, about one lease once its batch is done. A terminated run finishes and commits the batch under way.
+    Each worker run takes a place in Dagster's run queue for as long as it lives; a ``pool`` must have one place more
+    than there are workers, or a hand-over waits a minute. Turning the sensor off, or renaming the workers, leaves their
+    runs at work: terminate them.
 
     Args:
         consumers: what each worker runs.

@@ -59,23 +59,33 @@ def parse_time(text: str, now_micros: int) -> datetime:
     Raises:
         InvalidSettingError: it is neither.
     """
+    found = _time(text) or _so_long_ago(text, now_micros)
+    if found is None:
+        example = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        raise InvalidSettingError(
+            f"{text!r} is no time with a zone, such as {example}, nor a duration, such as 2h; "
+            "or write earliest or latest",
+            setting="to",
+            value=text,
+        )
+    return found
+
+
+def _time(text: str) -> datetime | None:
     try:
         found = datetime.fromisoformat(text.replace("Z", "+00:00").replace("z", "+00:00"))
     except ValueError:
-        found = None
-    if found is not None and found.tzinfo is not None:
-        return found
-    if found is None and text[-1:].isalpha():  # a bare number would be seconds, and nobody means that
-        try:
-            return from_micros(now_micros) - timedelta(seconds=parse_seconds(text, name="to"))
-        except InvalidSettingError:
-            pass
-    example = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    raise InvalidSettingError(
-        f"{text!r} is no time with a zone, such as {example}, nor a duration, such as 2h; or write earliest or latest",
-        setting="to",
-        value=text,
-    )
+        return None
+    return found if found.tzinfo is not None else None
+
+
+def _so_long_ago(text: str, now_micros: int) -> datetime | None:
+    if not text[-1:].isalpha():  # a bare number would be seconds, and nobody means that
+        return None
+    try:
+        return from_micros(now_micros) - timedelta(seconds=parse_seconds(text, name="to"))
+    except (InvalidSettingError, OverflowError):  # the latter: before the year 1
+        return None
 
 
 def plan_seek(stream: EventStream, group: str, target: Target) -> list[Move]:

@@ -3,6 +3,7 @@
 import pytest
 
 from djp_dagster.cli import output
+from djp_dagster.errors import InvalidSettingError
 from djp_dagster.streams.records import to_micros
 from djp_dagster.streams.seeking import parse_time
 
@@ -41,3 +42,9 @@ def test_nothing_printed_steers_a_terminal() -> None:
 def test_what_json_cannot_say_is_said_as_text() -> None:
     assert output.json_bytes({"a": b"x"}) == b'{"a":"eA=="}'
     assert output.json_bytes(object) == b"\"<class 'object'>\""
+
+
+@pytest.mark.parametrize("text", ["9999999999d", "900000d"])
+def test_a_duration_beyond_the_calendar_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSettingError, match=text):
+        parse_time(text, NOW)

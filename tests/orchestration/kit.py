@@ -1,9 +1,7 @@
 """What the tests of the Dagster layer share: a topic, consumers, runs in any state, and time that passes."""
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,12 +18,11 @@ from dagster._core.test_utils import create_run_for_test
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from djp_dagster import Batch, Consumer, Event, EventStream, RetryPolicy, SqlEventStream, Topic, consumer, run_pending
-from djp_dagster.streams.records import Record, TopicPartition
+from djp_dagster.streams.records import Record
 
 ORDERS = Topic("orders", partitions=2, key="user")
 COPIES = Topic("copies")
 FAST = RetryPolicy(max_attempts=2, first=0.001, longest=0.01)
-PATIENT_S = 30.0
 
 
 @consumer(topic=ORDERS, emits=[COPIES], group="copy")
@@ -61,10 +58,6 @@ def records_of(stream: EventStream, topic: Topic) -> list[Record]:
 def copied(stream: EventStream) -> list[int]:
     """What `copy` has emitted, sorted."""
     return sorted(record.data["n"] for record in records_of(stream, COPIES))
-
-
-def at(topic: Topic, partition: int = 0) -> TopicPartition:
-    return TopicPartition(topic.name, partition)
 
 
 _TARGET = LoadableTargetOrigin(python_file="nowhere.py")
@@ -156,33 +149,3 @@ def tick(
 def metadata_of(result: dg.ExecuteInProcessResult) -> list[Mapping[str, dg.MetadataValue[Any]]]:
     """The metadata of each materialization of a run."""
     return [event.materialization.metadata for event in result.get_asset_materialization_events()]
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for a condition; the limit only ends a test that would never end."""
-    give_up = time.monotonic() + PATIENT_S
-    while not holds():
-        assert time.monotonic() < give_up, f"waited {PATIENT_S} s for {what}"
-        time.sleep(0.005)
-
-
-@contextmanager
-def in_thread(work: Callable[[], Any], stop: threading.Event | None = None) -> Iterator[list[Any]]:
-    """Do ``work`` in a thread during the block; what it returned or raised is in the list afterwards."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield outcome
-    finally:
-        if stop is not None:
-            stop.set()
-        thread.join(PATIENT_S)
-        assert not thread.is_alive()

@@ -20,12 +20,11 @@ from tests.orchestration.kit import (
     copied,
     copy,
     found,
-    in_thread,
     metadata_of,
     orders,
     publish,
-    wait_until,
 )
+from tests.processing.kit import in_thread, wait_until
 
 SECRET = "swordfish-7f3a"
 

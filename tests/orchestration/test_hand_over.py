@@ -11,11 +11,11 @@ from djp_dagster import BatchReport, EventStream, Threshold, Topic, Worker, cons
 from djp_dagster.errors import RetriesExhaustedError
 from djp_dagster.processing.worker import Busy
 from djp_dagster.streams.model import Membership
-from tests.orchestration.kit import FAST, in_thread, wait_until
+from tests.orchestration.kit import FAST
+from tests.processing.kit import PATIENT_S, in_thread, wait_until
 
 WIDE = Topic("wide", partitions=4)
 DONE = Topic("done")
-PATIENT_S = 30
 
 
 @pytest.fixture
@@ -30,6 +30,11 @@ def stream(tmp_path: Path) -> Iterator[EventStream]:
 def move(batch: djp.Batch) -> None:
     for record in batch:
         batch.emit(DONE.event(n=record.data["n"]))
+
+
+@consumer(topic=WIDE, emits=[DONE], group="move", retry=FAST)
+def broken(batch: djp.Batch) -> None:
+    raise djp.TransientError("away")
 
 
 @consumer(topic=WIDE, group="watch")
@@ -165,10 +170,6 @@ def _made_one(stream: EventStream) -> bool:
 
 
 def test_a_paused_one_stays_a_member_and_wants_no_share(stream: EventStream) -> None:
-    @consumer(topic=WIDE, emits=[DONE], group="move", retry=FAST)
-    def broken(batch: djp.Batch) -> None:
-        raise djp.TransientError("away")
-
     failures: list[djp.DjpError] = []
     publish(stream, 8)
     one = Worker(stream, [broken], owner="run-broken", lease=3.0, on_failure=lambda _, error: failures.append(error))
@@ -190,10 +191,6 @@ def test_a_paused_one_stays_a_member_and_wants_no_share(stream: EventStream) -> 
 
 
 def test_a_paused_one_leaves_when_asked(stream: EventStream) -> None:
-    @consumer(topic=WIDE, group="move", retry=FAST)
-    def broken(batch: djp.Batch) -> None:
-        raise djp.TransientError("away")
-
     paused = threading.Event()
     publish(stream, 4)
     worker = Worker(stream, [broken], owner="run-broken", lease=3.0, on_failure=lambda *_: paused.set())
@@ -232,10 +229,6 @@ def test_busy_is_the_batch_under_way(stream: EventStream) -> None:
 
 
 def test_busy_is_cleared_after_a_failure(stream: EventStream) -> None:
-    @consumer(topic=WIDE, group="move", retry=FAST)
-    def broken(batch: djp.Batch) -> None:
-        raise djp.TransientError("away")
-
     paused = threading.Event()
     publish(stream, 1)
     worker = Worker(stream, [broken], lease=3.0, on_failure=lambda *_: paused.set())

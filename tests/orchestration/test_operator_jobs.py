@@ -9,7 +9,8 @@ import pytest
 import djp_dagster as djp
 from djp_dagster import EventStream, SqlEventStream, consumer
 from djp_dagster.orchestration import operator_jobs
-from tests.orchestration.kit import COPIES, FAST, ORDERS, at, copied, copy, drain, orders, publish, records_of
+from tests.orchestration.kit import COPIES, FAST, ORDERS, copied, copy, drain, orders, publish, records_of
+from tests.processing.kit import at
 
 BAD = {"n": 1}
 
@@ -97,7 +98,7 @@ class TestPublish:
                     raise RuntimeError("the disk is full")
 
             def load_input(self, context: dg.InputContext) -> object:
-                raise NotImplementedError
+                raise AssertionError("nothing loads it")
 
         @dg.op(out=dg.Out(io_manager_key="memory"))
         def make() -> list[Any]:

@@ -13,7 +13,8 @@ from djp_dagster.errors import RetriesExhaustedError, StreamUnavailableError
 from djp_dagster.orchestration.ticks import look
 from djp_dagster.streams.model import Intent, Range
 from djp_dagster.testing import Clock
-from tests.orchestration.kit import COPIES, FAST, ORDERS, at, copied, copy, drain, orders, publish, tick
+from tests.orchestration.kit import COPIES, FAST, ORDERS, copied, copy, drain, orders, publish, tick
+from tests.processing.kit import at
 from tests.servers.postgres import PostgresServer
 
 
