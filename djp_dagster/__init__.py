@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from djp_dagster._version import __version__
 
 if TYPE_CHECKING:
-    from djp_dagster.claim_check.stores import LocalPayloadStore, PayloadStore
+    from djp_dagster.claim_check.claims import Claim
+    from djp_dagster.claim_check.location import open_payload_store
+    from djp_dagster.claim_check.stores import PayloadStore
     from djp_dagster.errors import DjpError, TerminalError, TransientError
     from djp_dagster.events import Event
     from djp_dagster.orchestration.build import build_defs
@@ -44,11 +46,11 @@ _HOMES = {
     "BatchOutput": "processing.outputs",
     "BatchOutputs": "processing.outputs",
     "BatchReport": "processing.reports",
+    "Claim": "claim_check.claims",
     "Consumer": "processing.consumer",
     "DjpError": "errors",
     "Event": "events",
     "EventStream": "streams.stream",
-    "LocalPayloadStore": "claim_check.stores",
     "PayloadStore": "claim_check.stores",
     "Producer": "streams.publishing",
     "Record": "streams.records",
@@ -75,6 +77,7 @@ _HOMES = {
     "build_worker_sensor": "patterns.streaming",
     "consumer": "processing.consumer",
     "errors": "",
+    "open_payload_store": "claim_check.location",
     "open_stream": "streams.stream",
     "process_batch_op": "patterns.streaming",
     "publish_op": "orchestration.operator_jobs",
@@ -89,11 +92,11 @@ __all__ = [
     "BatchOutput",
     "BatchOutputs",
     "BatchReport",
+    "Claim",
     "Consumer",
     "DjpError",
     "Event",
     "EventStream",
-    "LocalPayloadStore",
     "PayloadStore",
     "Producer",
     "Record",
@@ -120,6 +123,7 @@ __all__ = [
     "build_topic_assets",
     "build_worker_sensor",
     "consumer",
+    "open_payload_store",
     "open_stream",
     "process_batch_op",
     "publish_op",

@@ -11,6 +11,7 @@
     │   ├── LeaseBusyError              somebody else holds a task of the group
     │   ├── FencedError                 the lease was lost; somebody else continues
     │   ├── RetriesExhaustedError       a transient failure outlived its retry budget
+    │   ├── PayloadStoreUnavailableError    the payload store is away, or too busy
     │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
     └── TerminalError                   trying again cannot help; the cause must change
         ├── InvalidSettingError         a wrong argument or declaration
@@ -35,9 +36,15 @@
         ├── RedriveFailedError          a dead letter failed again; it stays pending
         ├── SystemicFailureError        more poison than ``max_poison``
         ├── StateMismatchError          local state that does not continue its changelog
+        ├── PayloadStoreRefusedError    no permission, no such bucket, or not what a payload store needs
+        ├── CollectionRefusedError      garbage collection cannot prove what is garbage
         └── PayloadError
+            ├── InvalidClaimError       not a claim
+            ├── PayloadForbiddenError   a claim that leaves the configured store, or wants what was not allowed
             ├── PayloadMissingError     a reference to bytes that are not there
-            └── PayloadCorruptError     bytes that do not match their reference
+            ├── PayloadExpiredError     likewise, because their time was up
+            ├── PayloadCorruptError     bytes that do not match their reference
+            └── PayloadTooLargeError    more bytes than may be stored, or be read into memory
 
 Every error carries ``facts``, the names and values it speaks of, and survives pickling, because exceptions cross
 process borders in Dagster. A handler may raise `TransientError` or `TerminalError` itself to decide its own fate.
@@ -113,6 +120,10 @@ class RetriesExhaustedError(TransientError):
 
 class DeadlineOvertakenError(TransientError):
     """An input holds an unread record stamped before a fired deadline; the batch must be cut longer."""
+
+
+class PayloadStoreUnavailableError(TransientError):
+    """The payload store cannot be reached, is too busy, or broke off, after all retries."""
 
 
 class InvalidSettingError(TerminalError):
@@ -211,13 +222,37 @@ class StateMismatchError(TerminalError):
     """A task's local state does not continue its changelog; it must be discarded and restored."""
 
 
+class PayloadStoreRefusedError(TerminalError):
+    """The store refuses: no permission, no such bucket, a wrong setting, or a guarantee it does not give."""
+
+
+class CollectionRefusedError(TerminalError):
+    """Garbage collection cannot prove what is garbage; nothing was deleted."""
+
+
 class PayloadError(TerminalError):
     """A payload cannot be had as its reference promises."""
+
+
+class InvalidClaimError(PayloadError):
+    """Not a claim; ``facts["part"]`` names what is wrong."""
+
+
+class PayloadForbiddenError(PayloadError):
+    """A claim names something outside the configured store, or asks for what was not allowed, such as a pickle."""
 
 
 class PayloadMissingError(PayloadError):
     """The referenced payload is not in the store."""
 
 
+class PayloadExpiredError(PayloadError):
+    """The claim's time is up."""
+
+
 class PayloadCorruptError(PayloadError):
     """The stored bytes differ in size or hash from their reference."""
+
+
+class PayloadTooLargeError(PayloadError):
+    """A payload has more bytes than may be stored, or than may be read into memory at once."""

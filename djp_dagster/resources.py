@@ -9,7 +9,7 @@ from typing import NamedTuple
 import dagster as dg
 from pydantic import Field
 
-from djp_dagster.claim_check.stores import LocalPayloadStore
+from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.streams.location import URL_VARIABLE, default_folder, default_url
 from djp_dagster.streams.stream import EventStream, open_stream
 
@@ -90,7 +90,7 @@ def _with_payloads(stream: EventStream, folder: str | None) -> EventStream:
     if folder is None and stream.has_payloads:
         return stream
     place = Path(folder) if folder is not None else default_folder() / "payloads"
-    payloads = LocalPayloadStore(place / stream.incarnation)
+    payloads = open_payload_store(place)
     return EventStream(stream.log, stream.coordinator, label=stream.label, payloads=payloads)
 
 

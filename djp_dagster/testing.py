@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
+from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.claim_check.serializers import load_value
-from djp_dagster.claim_check.stores import LocalPayloadStore
 from djp_dagster.events import Event
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import CRASH_POINTS, CrashPoint, set_hook
@@ -55,7 +55,7 @@ class Clock:
 def memory_stream(*, clock: Clock | None = None) -> Iterator[EventStream]:
     """A stream in memory, gone at the end of the block; outputs lie in a temporary folder until then."""
     with tempfile.TemporaryDirectory(prefix="djp-testing-") as folder:
-        stream = open_stream("sqlite://", payloads=LocalPayloadStore(folder), clock=clock)
+        stream = open_stream("sqlite://", payloads=open_payload_store(folder), clock=clock)
         try:
             yield stream
         finally:

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
-from djp_dagster.claim_check.stores import PayloadStore, uploading
+from djp_dagster.claim_check.claims import PayloadRef
+from djp_dagster.claim_check.stores import PayloadStore
+from djp_dagster.claim_check.writing import uploading
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.streams.model import PayloadRef
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -232,9 +232,10 @@ class _Publishing:
     def _first_at_fault(self, events: Sequence[Event]) -> int:
         from djp_dagster.streams.publishing import route
 
+        payloads = self._stream.payloads if self._stream.has_payloads else None
         for index, event in enumerate(events):
             try:
-                list(route(self.info, [event], max_event_bytes=self.info.max_event_bytes))
+                list(route(self.info, [event], payloads))
             except _BLAMED:
                 return index
         raise AssertionError("a batch was refused, and none of its events is")  # pragma: no cover

@@ -11,6 +11,7 @@ from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, Position
 from djp_dagster.processing.failures import blocked, describe
 from djp_dagster.processing.tables import RowCollector
+from djp_dagster.streams.claimed import ClaimedData
 from djp_dagster.streams.contracts import EventLog
 from djp_dagster.streams.model import Deadline, Intent, Poison, Range, TopicInfo
 from djp_dagster.streams.records import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+    from djp_dagster.claim_check.stores import PayloadStore
     from djp_dagster.state.store import TaskState
 
 _READ_BYTES = 4 << 20
@@ -52,14 +54,19 @@ class ByteCount:
 
 
 def read_ranges(
-    log: EventLog, ranges: Sequence[Range], skip: frozenset[Position], scope: str, count: ByteCount
+    log: EventLog,
+    ranges: Sequence[Range],
+    skip: frozenset[Position],
+    scope: str,
+    count: ByteCount,
+    claimed: ClaimedData,
 ) -> Iterator[tuple[list[Record], list[Undecodable]]]:
     """The records of the ranges, one stored record batch at a time, without those in ``skip``."""
     for part in ranges:
         offset = part.start
         while offset < part.end:
             for stored in log.read(part.at, offset, end=part.end, max_bytes=_READ_BYTES):
-                records, bad = decode_records(stored, offset, part.end, scope=scope)
+                records, bad = decode_records(stored, offset, part.end, scope=scope, claimed=claimed)
                 count.add(stored, part.at, offset, min(stored.end_offset, part.end))
                 offset = stored.end_offset
                 if skip:
@@ -104,6 +111,7 @@ class Batch:
         topics: Mapping[str, TopicInfo],
         fencing_token: int,
         state: "TaskState | None" = None,
+        payloads: "PayloadStore | None" = None,
         max_poison: int = 10,
         blocks: bool = False,
     ) -> None:
@@ -116,7 +124,7 @@ class Batch:
         self._emits_to = effects.only
         self._tasks = intent.tasks
         self._source, self._size, self._topics = source, size, topics
-        self._state = state
+        self._state, self._payloads = state, payloads
         self.max_poison, self.blocks = max_poison, blocks
         self._current: Record | None = None
         self.undecodable: dict[Position, Undecodable] = {}
@@ -241,6 +249,21 @@ class Batch:
                 value=False,
             )
         return self._state
+
+    @property
+    def payloads(self) -> "PayloadStore":
+        """The stream's payload store, for claims inside the data of events, and for payloads to emit claims of.
+
+        Raises:
+            InvalidSettingError: the stream was opened without one.
+        """
+        if self._payloads is None:
+            raise InvalidSettingError(
+                f"consumer {self.group!r} uses batch.payloads; open the stream with payloads=open_payload_store(...)",
+                setting="payloads",
+                value=None,
+            )
+        return self._payloads
 
     def by_key(self) -> dict[str | int, list[Record]]:
         """The records by key, each list in order; holds the whole batch in memory."""

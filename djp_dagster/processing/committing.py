@@ -3,12 +3,13 @@
 import logging
 from typing import Any
 
+from djp_dagster.claim_check.claims import PayloadRef
 from djp_dagster.claim_check.serializers import store_value
 from djp_dagster.errors import StateMismatchError, StreamBusyError
 from djp_dagster.processing.failures import OUTAGES, Patience
 from djp_dagster.processing.handling import Attempt
 from djp_dagster.state.store import Change, TaskStores
-from djp_dagster.streams.model import Commit, Intent, Lease, NewDeadLetter, PayloadRef, Poison
+from djp_dagster.streams.model import Commit, Intent, Lease, NewDeadLetter, Poison
 from djp_dagster.streams.records import (
     CODEC_CHANGES,
     EncodedBatch,

@@ -9,10 +9,11 @@ import msgspec
 from djp_dagster.errors import CommitTooLargeError, InvalidEventError, InvalidSettingError
 from djp_dagster.events import Event, generated_id_prefix
 from djp_dagster.streams.model import Poison
-from djp_dagster.streams.publishing import partitioner
-from djp_dagster.streams.records import EncodedBatch, Origin, Record, encode_batches
+from djp_dagster.streams.publishing import encode, partitioner
+from djp_dagster.streams.records import EncodedBatch, Origin, Record
 
 if TYPE_CHECKING:
+    from djp_dagster.claim_check.stores import PayloadStore
     from djp_dagster.streams.model import TopicInfo
 
 Position = tuple[str, int, int]
@@ -41,8 +42,14 @@ class Emits:
 class Effects:
     """Emits, failed records and deadlines of one attempt at one batch."""
 
-    def __init__(self, scope: EmitScope, topics: Sequence["TopicInfo"], max_emit_bytes: int) -> None:
-        self._scope = scope
+    def __init__(
+        self,
+        scope: EmitScope,
+        topics: Sequence["TopicInfo"],
+        max_emit_bytes: int,
+        payloads: "PayloadStore | None" = None,
+    ) -> None:
+        self._scope, self._payloads = scope, payloads
         self._emits = {topic.name: Emits(topic) for topic in topics}
         self.only = next(iter(self._emits.values())) if len(self._emits) == 1 else None
         self._max_emit_bytes = max_emit_bytes
@@ -142,9 +149,7 @@ class Effects:
                 )
             buckets[partition_for(event)].append(row)
         return [
-            batch
-            for partition, rows in enumerate(buckets)
-            for batch in encode_batches(topic.name, partition, rows, max_event_bytes=topic.max_event_bytes)
+            batch for partition, rows in enumerate(buckets) for batch in encode(topic, partition, rows, self._payloads)
         ]
 
 

@@ -54,6 +54,7 @@ class Handling:
         self._resources = consumer.resources_from(resources)
         self._emit_topics = [stream.log.topic(topic.name) for topic in consumer.emits]
         self._input_topics = {topic.name: stream.log.topic(topic.name) for topic in consumer.topics}
+        self._payloads = stream.payloads if stream.has_payloads else None
         self._scope = f"{stream.incarnation[:12]}/{consumer.group}"
 
     def run(self, lease: Lease, intent: Intent, ranges: Sequence[Range], skip: frozenset[Position]) -> Attempt:
@@ -64,21 +65,22 @@ class Handling:
         """
         consumer = self._consumer
         scope = EmitScope(self._stream.incarnation, consumer.group, intent.batch_id)
-        effects = Effects(scope, self._emit_topics, consumer.max_emit_bytes)
+        effects = Effects(scope, self._emit_topics, consumer.max_emit_bytes, self._payloads)
         state = TaskState(self._stores.caught_up(intent.tasks[0])) if consumer.stateful else None
         redrive = intent.kind == "redrive"
         letters = self._letters_of(intent) if redrive else ()
-        log, count = self._stream.log, ByteCount()
+        log, count, claimed = self._stream.log, ByteCount(), self._stream.claimed
         batch = Batch(
             intent,
             source=lambda: (
-                self._read_letters(letters) if redrive else read_ranges(log, ranges, skip, self._scope, count)
+                self._read_letters(letters) if redrive else read_ranges(log, ranges, skip, self._scope, count, claimed)
             ),
             size=len(letters) if redrive else sum(part.end - part.start for part in ranges) - len(skip),
             effects=effects,
             topics=self._input_topics,
             fencing_token=max(lease.epochs[task] for task in intent.tasks),
             state=state,
+            payloads=self._payloads,
             # A redrive that fails says nothing about what is pending.
             max_poison=len(letters) if redrive else consumer.max_poison,
             blocks=consumer.on_poison == "block" and not redrive,
@@ -131,6 +133,6 @@ class Handling:
 
     def _read_letters(self, letters: Sequence[DeadLetter]) -> Iterator[tuple[list[Record], list[Undecodable]]]:
         for letter in letters:
-            origin = Origin(letter.topic, letter.partition, letter.append_micros, self._scope)
+            origin = Origin(letter.topic, letter.partition, letter.append_micros, self._scope, self._stream.claimed)
             record = decode_one(letter.raw, letter.offset, origin)
             yield ([], [record]) if isinstance(record, Undecodable) else ([record], [])

@@ -14,14 +14,14 @@ import msgspec
 from djp_dagster.claim_check.serializers import load_value
 from djp_dagster.claim_check.stores import PayloadStore
 from djp_dagster.errors import UnknownGroupError
-from djp_dagster.streams.model import Output, PayloadRef, ReaderPosition
+from djp_dagster.streams.model import Output, ReaderPosition
 from djp_dagster.streams.stream import EventStream
 
 T = TypeVar("T")
 _PAGE = 1000
 
 
-class BatchOutput(msgspec.Struct, Generic[T], frozen=True):
+class BatchOutput(Output, Generic[T], frozen=True):
     """What one batch returned: where it lies, and how to get it.
 
     Attributes:
@@ -29,12 +29,6 @@ class BatchOutput(msgspec.Struct, Generic[T], frozen=True):
         bytes: size as stored.
     """
 
-    sequence: int
-    group: str
-    batch_id: str
-    attempt: int
-    payload: PayloadRef
-    committed_micros: int
     store: PayloadStore
     as_arrow: bool = False
 
@@ -174,13 +168,4 @@ class BatchOutputs(_Subscriptable[T]):
             return
 
     def _wrap(self, output: Output) -> BatchOutput[T]:
-        return BatchOutput(
-            sequence=output.sequence,
-            group=output.group,
-            batch_id=output.batch_id,
-            attempt=output.attempt,
-            payload=output.payload,
-            committed_micros=output.committed_micros,
-            store=self._stream.payloads,
-            as_arrow=self._as_arrow,
-        )
+        return BatchOutput(**msgspec.structs.asdict(output), store=self._stream.payloads, as_arrow=self._as_arrow)

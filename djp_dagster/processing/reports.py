@@ -2,7 +2,8 @@
 
 import msgspec
 
-from djp_dagster.streams.model import PayloadRef, Range
+from djp_dagster.claim_check.claims import PayloadRef
+from djp_dagster.streams.model import Range
 
 
 class BatchReport(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ Both speak in the plain data of `djp_dagster.streams.model`. Nothing here knows 
 which backend it talks to.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from djp_dagster.streams.model import (
@@ -219,6 +219,9 @@ class Coordinator(Protocol):
 
     def discard_dead_letters(self, group: str, ids: Sequence[int]) -> int:
         """Mark pending dead letters as discarded; how many were."""
+
+    def references(self) -> Iterator[bytes]:
+        """All that may refer to a payload, as of one moment: records, changelogs, dead letters, outputs."""
 
     def request(self, group: str, kind: str, body: Mapping[str, object]) -> int:
         """Ask the group's lease holder for something; the request's number."""

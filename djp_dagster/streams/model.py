@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from djp_dagster.claim_check.claims import PayloadRef
 from djp_dagster.streams.records import EncodedBatch, TopicPartition
 from djp_dagster.streams.topics import Retention
 
@@ -41,6 +42,7 @@ class TopicInfo(msgspec.Struct, frozen=True):
     retention: Retention
     created_micros: int
     identity: str = ""
+    offload_above: int | None = None
 
 
 class PartitionSpan(msgspec.Struct, frozen=True):
@@ -271,15 +273,6 @@ class Lease(msgspec.Struct, frozen=True):
     def part(self, tasks: Sequence[int]) -> "Lease":
         """The same lease over fewer tasks."""
         return Lease(self.group, self.owner, self.ttl_s, {task: self.epochs[task] for task in tasks})
-
-
-class PayloadRef(msgspec.Struct, frozen=True):
-    """What a payload store keeps under ``key``, and how to tell that it is that."""
-
-    key: str
-    bytes: int
-    sha256: str
-    media_type: str
 
 
 class NewDeadLetter(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from zlib import crc32
 
 from djp_dagster.errors import AmbiguousPublishError, InvalidEventError, StreamBusyError, StreamUnavailableError
@@ -10,27 +10,38 @@ from djp_dagster.events import Event
 from djp_dagster.partitioning import partition_of
 from djp_dagster.streams.contracts import EventLog
 from djp_dagster.streams.model import Appended, TopicInfo
+from djp_dagster.streams.offloading import offload
 from djp_dagster.streams.records import EncodedBatch, Record, encode_batches
 from djp_dagster.streams.topics import key_of
 
 if TYPE_CHECKING:
+    from djp_dagster.claim_check.stores import PayloadStore
     from djp_dagster.streams.topics import Topic
 
 _T = TypeVar("_T")
 
 
-def route(topic: "TopicInfo | Topic", events: Iterable[Event], *, max_event_bytes: int) -> Iterator[EncodedBatch]:
+def route(topic: TopicInfo, events: Iterable[Event], payloads: "PayloadStore | None") -> Iterator[EncodedBatch]:
     """The events as record batches of the partitions their keys belong to, in order per partition.
 
     Raises:
         MissingKeyError, InvalidEventError, EventTooLargeError: naming the event; nothing is appended then.
+        PayloadStoreUnavailableError, PayloadStoreRefusedError: heavy data could not be stored.
     """
     for partition, members in enumerate(_by_partition(topic, events)):
-        if members:
-            yield from encode_batches(topic.name, partition, members, max_event_bytes=max_event_bytes)
+        yield from encode(topic, partition, members, payloads)
 
 
-def _by_partition(topic: "TopicInfo | Topic", events: Iterable[Event]) -> list[list[Event]]:
+def encode(
+    topic: TopicInfo, partition: int, events: Sequence[Event | tuple[Any, ...]], payloads: "PayloadStore | None"
+) -> Iterator[EncodedBatch]:
+    """The events as record batches of a partition, with heavy data in the payload store if the topic wants that."""
+    if topic.offload_above is not None:
+        events = offload(topic, events, payloads)
+    yield from encode_batches(topic.name, partition, events, max_event_bytes=topic.max_event_bytes)
+
+
+def _by_partition(topic: TopicInfo, events: Iterable[Event]) -> list[list[Event]]:
     bare = list(events)
     if set(map(type, bare)) != {Event}:
         bare = [_bare(event) for event in bare]
@@ -116,8 +127,10 @@ class Producer:
         (1, 0, 1)
     """
 
-    def __init__(self, log: EventLog, name: str, *, retry_for_s: float = 60.0) -> None:
-        self._log = log
+    def __init__(
+        self, log: EventLog, name: str, *, payloads: "PayloadStore | None" = None, retry_for_s: float = 60.0
+    ) -> None:
+        self._log, self._payloads = log, payloads
         self._stamp = log.open_producer(name)
         self._retry_for_s = retry_for_s
         self._unsure: int | None = None
@@ -164,7 +177,7 @@ class Producer:
         wanted = self._stamp.sequence + 1 if sequence is None else sequence
         give_up = time.monotonic() + self._retry_for_s
         info = self._until_known(lambda: self._log.topic(topic), give_up)
-        batches = list(route(info, events, max_event_bytes=info.max_event_bytes))
+        batches = list(route(info, events, self._payloads))
         stamp = self._stamp._replace(sequence=wanted)
         try:
             appended = self._until_known(lambda: self._log.append(batches, stamp), give_up)

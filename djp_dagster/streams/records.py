@@ -7,14 +7,22 @@ inside, so its neighbours are not lost with it.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
+from functools import cache
+from io import BytesIO
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from djp_dagster.errors import EventTooLargeError, InvalidEventError, StreamCorruptError
 from djp_dagster.events import Event
 
+if TYPE_CHECKING:
+    from djp_dagster.claim_check.claims import Claim
+    from djp_dagster.streams.claimed import ClaimedData
+
+DATAREF = b"dataref"
+"""How the extension attribute begins by which an event carries a claim, as it stands in a record batch."""
 CODEC_EVENTS = 1
 """The codec number stored with each record batch of events."""
 CODEC_CHANGES = 2
@@ -53,6 +61,8 @@ class Origin(msgspec.Struct, frozen=True, gc=False):
     append_micros: int
     scope: str = ""
     """Incarnation and group: what makes an idempotency key differ between streams and consumers."""
+    claimed: Any = None
+    """A `djp_dagster.streams.claimed.ClaimedData`: where data is that is not in the record."""
 
 
 class Record(Event, frozen=False, kw_only=True, array_like=True, gc=False, eq=False):  # type: ignore[misc]
@@ -107,6 +117,21 @@ class Record(Event, frozen=False, kw_only=True, array_like=True, gc=False, eq=Fa
         origin = self.origin
         return f"{origin.scope}/{origin.topic}/{origin.partition}/{self.offset}"
 
+    @property
+    def claim(self) -> "Claim | None":
+        """The claim of its data, if that is in the payload store."""
+        return None
+
+    def open_data(self) -> BinaryIO:
+        """The data as a file: bytes as they are, text as UTF-8, anything else as JSON; from wherever it is.
+
+        Raises:
+            PayloadError, PayloadStoreUnavailableError: as `PayloadStore.open`.
+        """
+        data = self.data
+        content = data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else _encode_json(data)
+        return BytesIO(content)
+
     def event(self) -> Event:
         """The bare event, e.g. to publish it elsewhere."""
         return Event(**{name: getattr(self, name) for name in Event.__struct_fields__})
@@ -157,12 +182,24 @@ class Undecodable(msgspec.Struct, frozen=True):
 
 encode_value = msgspec.msgpack.Encoder().encode
 decode_value = msgspec.msgpack.Decoder().decode
-_decode_record = msgspec.msgpack.Decoder(Record).decode
-_decode_records = msgspec.msgpack.Decoder(list[Record]).decode
+_encode_json = msgspec.json.Encoder().encode
+_plain_decoders = (msgspec.msgpack.Decoder(list[Record]).decode, msgspec.msgpack.Decoder(Record).decode)
 _slice = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 # TypeError: before 0.22, msgspec says so of a map whose key is a map.
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError)
 """What decoding raises: text that is no UTF-8 and bottomless nesting have errors of their own."""
+
+
+@cache
+def _claimed_decoders() -> tuple[Callable[[Any], list[Record]], Callable[[Any], Record]]:
+    from djp_dagster.streams.claimed import ClaimedRecord
+
+    many, one = msgspec.msgpack.Decoder(list[ClaimedRecord]), msgspec.msgpack.Decoder(ClaimedRecord)
+    return many.decode, one.decode  # type: ignore[return-value]
+
+
+def _decoders(blob: bytes) -> tuple[Callable[[Any], list[Record]], Callable[[Any], Record]]:
+    return _claimed_decoders() if DATAREF in blob else _plain_decoders
 
 
 def encode_event(event: Event | tuple[Any, ...]) -> bytes:
@@ -208,7 +245,7 @@ def encode_batches(
     elif len(blob) - 1 > max_event_bytes:
         raise EventTooLargeError(
             f"event {_id_of(events[0])!r} has {len(blob) - 1} bytes, topic {topic!r} takes {max_event_bytes}; "
-            "raise the topic's max_event_bytes, or keep the payload elsewhere and send a claim",
+            "raise the topic's max_event_bytes, or declare it with offload_above='64KiB'",
             topic=topic,
             event_id=_id_of(events[0]),
             bytes=len(blob) - 1,
@@ -261,19 +298,27 @@ def _corrupt(batch: StoredBatch, why: str) -> StreamCorruptError:
 
 
 def decode_records(
-    batch: StoredBatch, start: int, end: int, *, scope: str = ""
+    batch: StoredBatch, start: int, end: int, *, scope: str = "", claimed: "ClaimedData | None" = None
 ) -> tuple[list[Record], list[Undecodable]]:
     """The records of ``batch`` with ``start <= offset < end``, and those among them that are no events.
+
+    Args:
+        batch: as stored.
+        start: the first offset wanted.
+        end: the first one that is not.
+        scope: of idempotency keys.
+        claimed: loads data that is in the payload store.
 
     Raises:
         StreamCorruptError: the batch as a whole is damaged.
     """
-    origin = Origin(batch.topic, batch.partition, batch.append_micros, scope)
+    origin = Origin(batch.topic, batch.partition, batch.append_micros, scope, claimed)
     first = max(start, batch.base_offset)
     last = max(min(end, batch.end_offset), first)
     bad: list[Undecodable] = []
     try:
-        records = _decode_records(batch.blob)
+        # One look at the bytes tells if any of them may carry a claim: all others cost nothing more.
+        records = _decoders(batch.blob)[0](batch.blob)
         if len(records) != batch.count:
             raise _corrupt(batch, f"it holds {len(records)} records, not {batch.count}")
         records = records[first - batch.base_offset : last - batch.base_offset]
@@ -303,7 +348,7 @@ def _decode_one_by_one(
 def decode_one(raw: bytes | msgspec.Raw, offset: int, origin: Origin) -> Record | Undecodable:
     """The record of one encoded event, or what is wrong with its bytes."""
     try:
-        record = _decode_record(raw)
+        record = _decoders(bytes(raw))[1](raw)
     except _UNDECODABLE as error:
         return Undecodable(offset, origin, bytes(raw), str(error))
     record.offset = offset

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from djp_dagster.errors import InvalidSettingError, LeaseBusyError
 from djp_dagster.events import Event
+from djp_dagster.streams.claimed import ClaimedData
 from djp_dagster.streams.contracts import Coordinator, EventLog
 from djp_dagster.streams.model import Appended, Backlog, DeadLetter, GroupInfo, Output, Start, TopicInfo, TrimReport
 from djp_dagster.streams.publishing import Producer, route
@@ -17,10 +18,13 @@ from djp_dagster.streams.topics import Topic
 from djp_dagster.units import Duration, parse_seconds
 
 if TYPE_CHECKING:
+    from djp_dagster.claim_check.collection import CollectionReport
     from djp_dagster.claim_check.stores import PayloadStore
     from djp_dagster.streams.sql.database import Clock
 
 _READ_BYTES = 4 << 20
+ROOM = "stream"
+"""By this name a stream has announced that it keeps references to payloads."""
 StartPosition = str | datetime
 """``"earliest"``, ``"latest"``, or the time from which on records are wanted."""
 
@@ -61,7 +65,9 @@ class EventStream:
         self.log = log
         self.coordinator = coordinator
         self.label = label
-        self._payloads = payloads
+        # A prefix of its own: a stream that is made anew must not be taken for the one before it.
+        self._payloads = None if payloads is None else payloads.within(log.incarnation, room=ROOM)
+        self.claimed = ClaimedData(self._payloads, label)
 
     def __enter__(self) -> "EventStream":
         return self
@@ -92,7 +98,7 @@ class EventStream:
         if self._payloads is None:
             raise InvalidSettingError(
                 f"stream {self.label} has no payload store, and an output must go somewhere; open it with "
-                "payloads=LocalPayloadStore(folder)",
+                "payloads=open_payload_store(folder)",
                 setting="payloads",
                 value=None,
             )
@@ -102,6 +108,18 @@ class EventStream:
     def has_payloads(self) -> bool:
         """Whether there is a place for batch outputs."""
         return self._payloads is not None
+
+    def collect_payloads(self, *, grace: Duration = "1d", dry_run: bool = True) -> "CollectionReport":
+        """Find payloads that no record, dead letter or output refers to any more, and delete them in time.
+
+        See `djp_dagster.claim_check.collection.collect`.
+
+        Raises:
+            CollectionRefusedError, PayloadStoreUnavailableError, StreamUnavailableError: nothing wrong was deleted.
+        """
+        from djp_dagster.claim_check.collection import collect
+
+        return collect(self.payloads, [StreamRoom(self.coordinator)], grace=grace, dry_run=dry_run)
 
     def create_topic(self, topic: Topic) -> TopicInfo:
         """Create the topic, or check that it was created alike; its retention may change.
@@ -139,7 +157,7 @@ class EventStream:
             StreamUnavailableError, StreamBusyError, StreamFullError: nothing was appended; try again.
         """
         info = self.log.topic(_name(topic))
-        return self.log.append(list(route(info, events, max_event_bytes=info.max_event_bytes)))
+        return self.log.append(list(route(info, events, self._payloads)))
 
     def producer(self, name: str, *, patience: Duration = "1min") -> Producer:
         """Open the named producer, fencing any earlier one of that name.
@@ -148,7 +166,7 @@ class EventStream:
             name: whose publishes are numbered, and appended once each.
             patience: how long an outage of the stream is waited for.
         """
-        return Producer(self.log, name, retry_for_s=parse_seconds(patience, name="patience"))
+        return Producer(self.log, name, payloads=self._payloads, retry_for_s=parse_seconds(patience, name="patience"))
 
     def records(
         self, topic: str | Topic, partition: int, start: int | None = None, end: int | None = None
@@ -167,7 +185,7 @@ class EventStream:
         stop = span.end if end is None else min(end, span.end)
         while offset < stop:
             for batch in self.log.read(at, offset, end=stop, max_bytes=_READ_BYTES):
-                records, bad = decode_records(batch, offset, stop, scope=self.incarnation[:12])
+                records, bad = decode_records(batch, offset, stop, scope=self.incarnation[:12], claimed=self.claimed)
                 if bad:
                     raise UndecodableRecordError(
                         f"record {bad[0].offset} of topic {at.topic!r} partition {partition} is no event: "
@@ -256,6 +274,21 @@ class EventStream:
         return self.log.trim()
 
 
+class StreamRoom(NamedTuple):
+    """A stream as one who keeps references to payloads."""
+
+    coordinator: Coordinator
+
+    @property
+    def name(self) -> str:
+        """As it was announced."""
+        return ROOM
+
+    def references(self) -> Iterator[bytes]:
+        """See `Coordinator.references`."""
+        return self.coordinator.references()
+
+
 def _name(topic: str | Topic) -> str:
     return topic if isinstance(topic, str) else topic.name
 
@@ -281,7 +314,7 @@ def open_stream(
     database = Database(url, clock=clock)
     log = SqlEventLog(database)
     if payloads is None and database.path is not None:
-        from djp_dagster.claim_check.stores import LocalPayloadStore
+        from djp_dagster.claim_check.location import open_payload_store
 
-        payloads = LocalPayloadStore(database.path.with_name(f"{database.path.stem}-payloads") / log.incarnation)
+        payloads = open_payload_store(database.path.with_name(f"{database.path.stem}-payloads"))
     return EventStream(log, SqlCoordinator(log), label=database.label, payloads=payloads)

@@ -2,19 +2,25 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from djp_dagster.errors import InvalidSettingError, MissingKeyError
+from djp_dagster.errors import InvalidEventError, InvalidSettingError, MissingKeyError
 from djp_dagster.events import Event
 from djp_dagster.partitioning import partition_of
 from djp_dagster.units import Duration, Size, is_count, parse_bytes, parse_seconds
 
+if TYPE_CHECKING:
+    from djp_dagster.claim_check.claims import Claim
+
+_key_decoder = msgspec.json.Decoder(str | int).decode
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 MAX_PARTITIONS = 4096
 INTERNAL_PREFIX = "__"
 """Topics the library makes for itself, e.g. changelogs."""
+KEY_ATTRIBUTE, KEY_PATH_ATTRIBUTE = "datarefkey", "datarefkeypath"
+"""Extension attributes of an event whose data is elsewhere: the key it holds, as JSON, and where it holds it."""
 
 
 def check_name(kind: str, name: object) -> str:
@@ -56,6 +62,8 @@ class Topic(msgspec.Struct, frozen=True):
         max_event_bytes: larger encoded events are refused; 1 MiB unless told. A number or ``"1MiB"``.
         retention: how long what every group has done is kept, e.g. ``"7d"``; for ever unless told.
         retention_cap: how long what somebody has yet to do is kept at most; for ever unless told.
+        offload_above: larger ``data`` goes to the stream's payload store when it is published or emitted, and the event
+            carries a claim; e.g. ``"64KiB"``. Never unless told.
 
     Raises:
         InvalidSettingError: naming the argument, the value and what is allowed.
@@ -72,6 +80,7 @@ class Topic(msgspec.Struct, frozen=True):
     max_event_bytes: Size = 1 << 20
     retention: Duration | None = None
     retention_cap: Duration | None = None
+    offload_above: Size | None = None
 
     def __post_init__(self) -> None:
         check_name("topic", self.name)
@@ -87,6 +96,7 @@ class Topic(msgspec.Struct, frozen=True):
                 setting="max_event_bytes",
                 value=self.max_event_bytes,
             )
+        _ = self.offload_above_bytes
         limits = self.limits
         if limits.age_s is not None and limits.cap_s is not None and limits.cap_s < limits.age_s:
             raise InvalidSettingError(
@@ -103,6 +113,11 @@ class Topic(msgspec.Struct, frozen=True):
             cap_s=None if self.retention_cap is None else parse_seconds(self.retention_cap, name="retention_cap"),
         )
 
+    @property
+    def offload_above_bytes(self) -> int | None:
+        """``offload_above`` in bytes."""
+        return None if self.offload_above is None else parse_bytes(self.offload_above, name="offload_above")
+
     def event(self, data: Mapping[str, Any] | None = None, /, **fields: Any) -> Event:
         """An event of this topic: its type is the topic's name, its source ``/topics/<name>``.
 
@@ -111,6 +126,21 @@ class Topic(msgspec.Struct, frozen=True):
             **fields: the payload, or what is added to it.
         """
         return Event(type=self.name, source=f"/topics/{self.name}", data={**data, **fields} if data else fields)
+
+    def claim_event(self, claim: "Claim", *, key: str | int | None = None, **attributes: Any) -> Event:
+        """An event of this topic whose data is a payload that is stored already.
+
+        Args:
+            claim: of the payload.
+            key: decides the partition, in place of a field of the data.
+            **attributes: of the event, such as ``subject`` or ``time``.
+        """
+        ext = {**(attributes.pop("ext", None) or {}), **claim.to_attributes()}
+        if key is not None:
+            ext["partitionkey"] = key
+        return Event(
+            type=self.name, source=f"/topics/{self.name}", datacontenttype=claim.media_type, ext=ext, **attributes
+        )
 
     def key_of(self, event: Event) -> str | int:
         """The key that decides the event's partition.
@@ -130,11 +160,13 @@ class Topic(msgspec.Struct, frozen=True):
 
 
 def key_of(event: Event, path: str | None, topic: str) -> str | int:
-    """The event's key: its ``partitionkey``, else ``data`` at ``path``, else (no path) its id."""
+    """The event's key: its ``partitionkey``, else ``data`` at ``path`` (which may be elsewhere), or its id."""
     if event.ext is not None and (explicit := event.ext.get("partitionkey")) is not None:
         return explicit
     if path is None:
         return event.id
+    if event.ext is not None and event.ext.get(KEY_PATH_ATTRIBUTE) == path:
+        return _decode_key(str(event.ext.get(KEY_ATTRIBUTE)))
     value: Any = event.data
     try:
         for part in path.split("."):
@@ -150,3 +182,13 @@ def key_of(event: Event, path: str | None, topic: str) -> str | int:
         key=path,
         event_id=event.id,
     )
+
+
+def _decode_key(text: str) -> str | int:
+    try:
+        key: str | int = _key_decoder(text)
+    except msgspec.DecodeError as error:
+        raise InvalidEventError(
+            f"event attribute {KEY_ATTRIBUTE!r} must be a key as JSON, not {text[:80]!r}", attribute=KEY_ATTRIBUTE
+        ) from error
+    return key

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from djp_dagster.claim_check.stores import LocalPayloadStore
+from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.events import Event
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.worker import Worker
@@ -69,7 +69,7 @@ def working(open_here: Callable[[], EventStream], *consumers: Consumer, folder: 
 
 def opened(target: str | Path, folder: Path) -> EventStream:
     """The stream with a payload store in the folder."""
-    return open_stream(target, payloads=LocalPayloadStore(folder / "payloads"))
+    return open_stream(target, payloads=open_payload_store(folder / "payloads"))
 
 
 def python(code: str, *arguments: object, prefix: Sequence[str] = (), timeout_s: float = 60.0) -> str:

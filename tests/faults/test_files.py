@@ -178,7 +178,7 @@ DISK_FULL = """
 # A full disk: a tmpfs of two megabytes, or (where nothing can be mounted) SQLite's own bound on the file's pages.
 import contextlib, os, sqlite3, subprocess, sys, threading
 import sqlalchemy as sa
-from djp_dagster.claim_check.stores import LocalPayloadStore
+from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.errors import StreamFullError
 from djp_dagster.processing.consumer import consumer
 from djp_dagster.processing.run import run_pending
@@ -197,7 +197,7 @@ else:
         connection.execute("PRAGMA max_page_count=%d" % pages[0])
 
 numbers, copies = Topic("numbers"), Topic("copies")
-stream = open_stream(folder + "/stream.db", payloads=LocalPayloadStore(elsewhere + "/payloads"))
+stream = open_stream(folder + "/stream.db", payloads=open_payload_store(elsewhere + "/payloads"))
 stream.create_topic(numbers)
 filler = folder + "/filler"
 if mounted:
@@ -488,7 +488,7 @@ def test_a_database_of_something_else_is_left_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [("2", "upgrade djp-dagster"), ("0", "the release that wrote it"), ("x", "that wrote it")]
+    ("version", "remedy"), [("3", "upgrade djp-dagster"), ("0", "the release that wrote it"), ("x", "that wrote it")]
 )
 def test_another_format_version_is_left_alone(path: Path, version: str, remedy: str) -> None:
     filled(path).close()
@@ -497,4 +497,4 @@ def test_another_format_version_is_left_alone(path: Path, version: str, remedy: 
     raw.close()
     with pytest.raises(StreamFormatError, match=remedy) as caught:
         open_stream(path)
-    assert (caught.value.facts["found"], caught.value.facts["supported"]) == (version, 1)
+    assert (caught.value.facts["found"], caught.value.facts["supported"]) == (version, 2)

@@ -223,7 +223,7 @@ class StateAgainstDict(RuleBasedStateMachine):
         self.context = memory_stream()
         stream = self.context.__enter__()
         stream.create_topic(Topic(CHANGELOG.topic))
-        self.store = TaskStore(Path(stream.payloads.folder) / "state.db", stream.log, CHANGELOG)  # type: ignore[attr-defined]
+        self.store = TaskStore(Path(stream.payloads.objects.folder) / "state.db", stream.log, CHANGELOG)  # type: ignore[attr-defined]
         self.state = TaskState(self.store)
         self.model: dict[Any, Any] = {}
         self.committed: dict[Any, Any] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from djp_dagster.claim_check.stores import LocalPayloadStore
+from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.stream import EventStream, open_stream
 from djp_dagster.testing import Clock, memory_stream
@@ -31,7 +31,7 @@ class Backend:
             if self._first is None:
                 self._first = self._stack.enter_context(memory_stream(clock=clock))
             return self._first
-        stream = open_stream(self._target, payloads=LocalPayloadStore(self._payloads), clock=clock)
+        stream = open_stream(self._target, payloads=open_payload_store(self._payloads), clock=clock)
         return self._stack.enter_context(stream)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 import msgspec
 import pytest
 
+from djp_dagster.claim_check.claims import PayloadRef
 from djp_dagster.errors import (
     DeadlineOvertakenError,
     DjpError,
@@ -27,7 +28,6 @@ from djp_dagster.streams.model import (
     Intent,
     Lease,
     NewDeadLetter,
-    PayloadRef,
     Poison,
     Probe,
     Start,

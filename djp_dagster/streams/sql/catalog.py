@@ -104,7 +104,7 @@ class TopicCatalog:
         with contextlib.suppress(UnknownTopicError):
             info = self.get(topic.name)
             _require_alike(info, topic)
-            if info.retention == topic.limits:
+            if (info.retention, info.offload_above) == (topic.limits, topic.offload_above_bytes):
                 return info
         with self._database.write() as connection:
             now = self._database.now_micros(connection)
@@ -117,7 +117,7 @@ class TopicCatalog:
                 connection.execute(
                     sa.update(table)
                     .where(table.c.topic_id == existing[0])
-                    .values(retention=_encode(topic.limits).decode())
+                    .values(retention=_encode(topic.limits).decode(), offload_above=topic.offload_above_bytes)
                 )
             else:
                 self._insert(connection, topic, now)
@@ -132,6 +132,7 @@ class TopicCatalog:
                 key_path=topic.key,
                 max_event_bytes=parse_bytes(topic.max_event_bytes),
                 retention=_encode(topic.limits).decode(),
+                offload_above=topic.offload_above_bytes,
                 created_micros=now,
             )
         )
@@ -248,6 +249,7 @@ def _info(row: sa.Row[tuple[object, ...]]) -> TopicInfo:
         retention=_decode_retention(row.retention),
         created_micros=row.created_micros,
         identity=str(row.topic_id),
+        offload_above=row.offload_above,
     )
 
 

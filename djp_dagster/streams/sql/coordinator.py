@@ -1,13 +1,14 @@
 """`Coordinator` on SQL: outputs, dead letters and requests on top of groups and commits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
 
+from djp_dagster.claim_check.claims import PayloadRef
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.streams.model import DeadLetter, Lease, Output, PayloadRef, ReaderPosition, Request
+from djp_dagster.streams.model import DeadLetter, Lease, Output, ReaderPosition, Request
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.commit import SqlCommits
 from djp_dagster.streams.sql.database import new_id
@@ -16,6 +17,7 @@ from djp_dagster.streams.topics import check_name
 
 _letters, _outputs, _requests, _readers = schema.dead_letters, schema.outputs, schema.requests, schema.readers
 _decode_payload = msgspec.json.Decoder(PayloadRef).decode
+_ROWS_PER_PAGE = 64
 _STATUSES = ("pending", "redriven", "discarded")
 
 
@@ -103,6 +105,15 @@ class SqlCoordinator(SqlCommits):
         with self.database.write() as connection:
             return connection.execute(statement).rowcount
 
+    def references(self) -> Iterator[bytes]:
+        """See `Coordinator.references`."""
+        rows = schema.record_batches
+        with self.database.snapshot() as connection:
+            for number, held in ((rows.c.row_id, rows.c.blob), (_letters.c.id, _letters.c.raw)):
+                yield from _paged(connection, number, held)
+            for payload in _paged(connection, _outputs.c.sequence, _outputs.c.payload):
+                yield payload.encode()
+
     def request(self, group: str, kind: str, body: Mapping[str, object]) -> int:
         """See `Coordinator.request`."""
         with self.database.write() as connection:
@@ -174,3 +185,14 @@ def _letter(row: Any) -> DeadLetter:
         batch_id=row.batch_id,
         created_micros=row.created_micros,
     )
+
+
+def _paged(connection: sa.Connection, number: sa.Column[int], held: sa.Column[Any]) -> Iterator[Any]:
+    last = -1
+    while True:
+        query = sa.select(number, held).where(number > last).order_by(number).limit(_ROWS_PER_PAGE)
+        page = connection.execute(query).all()
+        if not page:
+            return
+        yield from (row[1] for row in page)
+        last = page[-1][0]

@@ -142,6 +142,19 @@ class Database:
             yield connection
 
     @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A connection for reading; all statements see what is committed when the first one runs."""
+        with self._turn, self._translated(), self.engine.connect() as connection, self._translated(connection):
+            if self.dialect == "sqlite":
+                raw_connection(connection).execute("BEGIN")
+            else:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            try:
+                yield connection
+            finally:
+                self._abandon(connection)
+
+    @contextmanager
     def write(self) -> Iterator[Connection]:
         """A write transaction: commits at the end of the block, rolls back on any exception.
 

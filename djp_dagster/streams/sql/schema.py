@@ -1,4 +1,4 @@
-"""The tables. Format version 1.
+"""The tables. Format version 2.
 
 Record batches are rows of ``record_batches``: one per append and partition, with the cumulative byte count, so that
 "how much and how old is what has piled up" is an index look-up. JSON columns are text, for whoever opens the file.
@@ -17,7 +17,7 @@ from sqlalchemy import (
     Text,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 metadata = MetaData()
 # SQLite numbers rows itself only in an INTEGER primary key.
@@ -40,6 +40,7 @@ topics = Table(
     Column("key_path", Text),
     Column("max_event_bytes", BigInteger, nullable=False),
     Column("retention", Text, nullable=False),
+    Column("offload_above", BigInteger),
     Column("created_micros", BigInteger, nullable=False),
     sqlite_autoincrement=True,
 )
