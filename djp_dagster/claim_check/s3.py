@@ -5,6 +5,7 @@ several writers one wins and nothing is ever overwritten by accident. A server t
 to payloads, which are named after their content; collection asks for it first (`djp_dagster.claim_check.collection`).
 """
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from djp_dagster.claim_check.objects import Content, Document, DocumentChanged, ObjectInfo, check_key
+from djp_dagster.claim_check.objects import Content, Document, DocumentChanged, ObjectInfo, check_key, is_key
 from djp_dagster.claim_check.s3_download import open_object
 from djp_dagster.claim_check.s3_settings import S3Settings, code_of, typed
 from djp_dagster.claim_check.s3_upload import Conflict, upload_parts
@@ -24,6 +25,7 @@ from djp_dagster.errors import InvalidSettingError, PayloadStoreRefusedError, Pa
 
 _DELETED_AT_ONCE = 1000
 _CONFLICTS = 5
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{3,255}")
 _MAX_PRESIGNED_S = 7 * 86400
 _EXPIRING = "expiring/"
 
@@ -259,6 +261,17 @@ def _is_ours(key: str) -> bool:
 
 def open_bucket(bucket: str, prefix: str, settings: dict[str, Any]) -> "tuple[S3Objects, dict[str, Any]]":
     """The bucket with the settings that are for S3, and the other settings. What is not given, the environment may."""
+    # The value itself is not repeated: people write credentials into URLs.
+    for setting, allowed, rule in (
+        ("bucket", _BUCKET.fullmatch(bucket), "3 to 255 of A-Z a-z 0-9 . _ -, without credentials"),
+        (
+            "prefix",
+            not prefix or is_key(prefix),
+            "segments of A-Z a-z 0-9 _ . - = joined by '/', none beginning with a dot",
+        ),
+    ):
+        if not allowed:
+            raise InvalidSettingError(f"the {setting} in the URL of a payload store must be {rule}", setting=setting)
     known = {name: settings.pop(name) for name in tuple(settings) if name in S3Settings.__struct_fields__}
     spool_folder = settings.pop("spool_folder", None)
     how = msgspec.structs.replace(S3Settings.from_environment(), **known)

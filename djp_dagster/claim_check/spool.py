@@ -46,6 +46,8 @@ class Spool(io.RawIOBase):
 
     def write(self, data: "bytes | bytearray | memoryview", /) -> int:  # type: ignore[override]
         """Take in all of ``data``."""
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
         view = memoryview(data).cast("B")
         if self._memory is not None and self.size + len(view) > MEMORY_BYTES:
             self._move_to_file()
@@ -180,3 +182,18 @@ def _written(content: "Spool | FileContent", folder: Path) -> Path:
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def is_whole_large_file(file: BinaryIO) -> bool:
+    """Whether it is a real file at its beginning, worth reading twice instead of copying.
+
+    By its type: files that decompress, for one, have the descriptor of what they decompress.
+    """
+    unwrapped = getattr(file, "file", file)  # of tempfile
+    raw = unwrapped.raw if isinstance(unwrapped, io.BufferedReader | io.BufferedRandom) else unwrapped
+    return (
+        isinstance(raw, io.FileIO)
+        and raw.seekable()
+        and unwrapped.tell() == 0
+        and os.fstat(raw.fileno()).st_size > MEMORY_BYTES
+    )

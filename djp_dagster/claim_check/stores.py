@@ -1,15 +1,6 @@
 """`PayloadStore`: payloads of any size by their hash, in a folder or on S3; streamed, verified, confined.
 
-Keys of a store, below its URI:
-
-======================================  ==============================================================================
-``sha256/ab/cdef...[.zst]``             content-addressed payloads, written once, shared by whoever stores the same
-``expiring/2026-11-29/sha256/...``      the same for payloads that may go from that day on
-``attempts/...``                        what one attempt at a batch wrote, under a path of its own
-``pointers/...``                        documents that say which payload is the current one of an asset or partition
-``rooms/<name>``                        who keeps references to payloads of this store; garbage collection asks them all
-``gc/...``                              the state of garbage collection
-======================================  ==============================================================================
+Where payloads lie in it is said in `djp_dagster.claim_check.keys`.
 
 How a payload is stored
     1. It is counted and hashed while it is written to memory or, above 8 MiB, to a temporary file.
@@ -21,7 +12,7 @@ How a payload is stored
 """
 
 import contextlib
-import hashlib
+import io
 import logging
 import os
 import shutil
@@ -29,19 +20,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from djp_dagster.claim_check.claims import BYTES, ZSTD, Claim, PayloadRef
+import msgspec
+
+from djp_dagster.claim_check.claims import BYTES, Claim, PayloadRef
 from djp_dagster.claim_check.condemned import Condemned
+from djp_dagster.claim_check.keys import LONGEST_KEY, another_key, content_key, day_after, hash_in
 from djp_dagster.claim_check.objects import Content, ObjectInfo, ObjectStore, check_key, is_key
 from djp_dagster.claim_check.reading import verified, verified_in_place
-from djp_dagster.claim_check.spool import MEMORY_BYTES, FileContent
+from djp_dagster.claim_check.spool import MEMORY_BYTES, FileContent, is_whole_large_file
 from djp_dagster.claim_check.writing import PayloadUpload, PayloadWriter, Stored, Writing, may_compress
 from djp_dagster.errors import (
     InvalidClaimError,
+    InvalidSettingError,
+    PayloadCorruptError,
     PayloadExpiredError,
     PayloadForbiddenError,
     PayloadMissingError,
@@ -51,7 +47,6 @@ from djp_dagster.units import Duration, Size, parse_bytes, parse_seconds
 
 _log = logging.getLogger(__name__)
 _COPY_BYTES = 1 << 20
-_ZSTD_SUFFIX = ".zst"
 _MAX_PAYLOAD_BYTES = 5 << 40
 _MAX_READ_BYTES = 256 << 20
 Source = bytes | bytearray | memoryview | Path | BinaryIO
@@ -66,6 +61,9 @@ class PayloadStore:
         max_payload_bytes: no payload may be larger, nor be expanded to more.
         max_read_bytes: what is larger is not read into memory at once.
         former_uris: URIs this store had before it moved; claims that name them are still resolved.
+
+    Raises:
+        InvalidClaimError: the URI of the store is too long for claims.
 
     Example:
         >>> import tempfile
@@ -86,6 +84,8 @@ class PayloadStore:
         max_read_bytes: Size = _MAX_READ_BYTES,
         former_uris: tuple[str, ...] = (),
     ) -> None:
+        # The longest key: claims of this store stay below their limit, or are never made.
+        Claim(uri=f"{objects.uri}/{LONGEST_KEY}", sha256="0" * 64)
         self.objects = objects
         self.max_payload_bytes = parse_bytes(max_payload_bytes, name="max_payload_bytes")
         self.max_read_bytes = parse_bytes(max_read_bytes, name="max_read_bytes")
@@ -127,6 +127,7 @@ class PayloadStore:
             expires_in: how long it is needed at least; from the day after that on, collection may remove it.
 
         Raises:
+            InvalidSettingError: the source is nothing of these.
             PayloadTooLargeError: above ``max_payload_bytes``.
             PayloadCorruptError: the file changed meanwhile.
             PayloadStoreUnavailableError, PayloadStoreRefusedError: nothing was stored.
@@ -140,12 +141,19 @@ class PayloadStore:
             with self.writer(media_type=media_type, compress=wants, expires_in=expires_in) as writing:
                 writing.file.write(source)
             return writing.stored
+        given: object = source
+        if isinstance(given, io.TextIOBase) or not hasattr(given, "read"):
+            raise InvalidSettingError(
+                f"a payload is bytes, a pathlib.Path, or a file opened with 'rb', not {type(given).__name__}",
+                setting="source",
+                value=type(given).__name__,
+            )
         return self._put_file(source, media_type, wants, expires_in, started)
 
     def _put_file(
         self, file: BinaryIO, media_type: str, compress: bool, expires_in: Duration | None, started: float
     ) -> Stored:
-        if compress or not _is_whole_large_file(file):
+        if compress or not is_whole_large_file(file):
             with self.writer(media_type=media_type, compress=compress, expires_in=expires_in) as writing:
                 shutil.copyfileobj(file, writing.file, _COPY_BYTES)
             return writing.stored
@@ -197,17 +205,18 @@ class PayloadStore:
         started: float,
     ) -> Stored:
         self.announce()
-        expires = None if expires_in is None else _day_after(parse_seconds(expires_in, name="expires_in"))
-        key = _content_key(sha256, encoding, expires)
+        expires = None if expires_in is None else day_after(parse_seconds(expires_in, name="expires_in"))
+        key = content_key(sha256, encoding, expires)
         created = self._create(key, content, media_type)
+        ref = PayloadRef(key, size, sha256, media_type, encoding)
         if not created:
-            self._repair(key, content, media_type)
+            self._repair(ref, content)
             if not self._condemned.save(key):
-                key = key.replace(sha256[2:], f"{sha256[2:]}.{os.urandom(6).hex()}")
+                key = another_key(key)
                 created = self._create(key, content, media_type)
             elif self.objects.info(key) is None:
                 created = self._create(key, content, media_type)
-        ref = PayloadRef(key, size, sha256, media_type, encoding)
+        ref = msgspec.structs.replace(ref, key=key)
         claim = self.claim(ref, expires=expires)
         return Stored(claim, ref, not created, content.size, time.monotonic() - started)
 
@@ -217,11 +226,17 @@ class PayloadStore:
             return False
         return self.objects.put(key, content, media_type=media_type)
 
-    def _repair(self, key: str, content: Content, media_type: str) -> None:
-        found = self.objects.info(key)
-        if found is not None and found.bytes != content.size:
-            _log.warning("payload %s has %d bytes instead of %d: it is replaced", key, found.bytes, content.size)
-            self.objects.put(key, content, media_type=media_type, replace=True)
+    def _repair(self, ref: PayloadRef, content: Content) -> None:
+        found = self.objects.info(ref.key)
+        if found is None or found.bytes == content.size:
+            return
+        if ref.encoding is not None:
+            # Another release may compress otherwise, and be right.
+            with contextlib.suppress(PayloadCorruptError):
+                self.verify(ref)
+                return
+        _log.warning("payload %s has %d bytes instead of %d: it is replaced", ref.key, found.bytes, content.size)
+        self.objects.put(ref.key, content, media_type=ref.media_type, replace=True)
 
     def announce(self) -> None:
         """Write down, once, who keeps references to payloads of this store; collection refuses without asking them."""
@@ -304,7 +319,9 @@ class PayloadStore:
             if file.seekable():
                 yield file
                 return
-            with tempfile.TemporaryFile(dir=self.objects.spool_folder) as local:
+            if (folder := self.objects.spool_folder) is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as local:
                 shutil.copyfileobj(file, local, _COPY_BYTES)
                 local.seek(0)
                 yield local
@@ -405,7 +422,7 @@ class PayloadStore:
                 limit=self.max_payload_bytes,
             )
         size = payload.size if payload.size is not None else -1
-        return PayloadRef(key, size, payload.sha256 or _hash_in(key), payload.media_type, payload.encoding)
+        return PayloadRef(key, size, payload.sha256 or hash_in(key), payload.media_type, payload.encoding)
 
     def _key_of(self, claim: Claim) -> str | None:
         for uri in (self.uri, *self._former_uris):
@@ -413,31 +430,3 @@ class PayloadStore:
                 key = claim.uri[len(uri) + 1 :]
                 return key if is_key(key) else None
         return None
-
-
-def _is_whole_large_file(file: BinaryIO) -> bool:
-    """Whether it is a real file at its beginning, worth reading twice instead of copying."""
-    try:
-        return file.tell() == 0 and os.fstat(file.fileno()).st_size > MEMORY_BYTES and file.seekable()
-    except (OSError, AttributeError, ValueError):
-        return False
-
-
-def _content_key(sha256: str, encoding: str | None, expires: datetime | None) -> str:
-    suffix = _ZSTD_SUFFIX if encoding == ZSTD else ""
-    when = "" if expires is None else f"expiring/{expires:%Y-%m-%d}/"
-    return f"{when}sha256/{sha256[:2]}/{sha256[2:]}{suffix}"
-
-
-def _hash_in(key: str) -> str:
-    """The hash that a content-addressed key consists of; empty if it is none."""
-    head, _, name = key.rpartition("/")
-    digest = head[-2:] + name.partition(".")[0]
-    is_content = f"/{head}".endswith(f"/sha256/{head[-2:]}") and len(digest) == len(hashlib.sha256().hexdigest())
-    return digest if is_content else ""
-
-
-def _day_after(seconds: float) -> datetime:
-    """The first midnight that is at least so far away: whole days, so that payloads are shared within one."""
-    at = datetime.now(timezone.utc) + timedelta(seconds=seconds)
-    return at.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)

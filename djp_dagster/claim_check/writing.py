@@ -52,6 +52,7 @@ class PayloadWriter(io.RawIOBase):
         self._digest = hashlib.sha256()
         self._sample: bytearray | None = bytearray() if compress else None
         self._sink: Any = self.spool
+        self._compressed: _KeepOpen | None = None
 
     def writable(self) -> bool:
         """It is, until finished."""
@@ -100,22 +101,34 @@ class PayloadWriter(io.RawIOBase):
         if len(pa.Codec(ZSTD, compression_level=_LEVEL).compress(sample, asbytes=True)) <= _PAYS * len(sample):
             self.encoding = ZSTD
             # PythonFile would close the spool with itself.
-            self._sink = pa.CompressedOutputStream(pa.PythonFile(_KeepOpen(self.spool), mode="w"), ZSTD)
+            self._compressed = _KeepOpen(self.spool)
+            self._sink = pa.CompressedOutputStream(pa.PythonFile(self._compressed, mode="w"), ZSTD)
         self._sink.write(sample)
 
     def close(self) -> None:
         """Forget everything."""
+        if self._compressed is not None:
+            self._compressed.spool = None
+            self._sink.close()
         self.spool.close()
         super().close()
 
 
 class _KeepOpen:
-    """A spool that outlives whoever writes to it."""
+    """A spool that outlives whoever writes to it; without one, what is written is forgotten."""
 
     closed = False
 
     def __init__(self, spool: Spool) -> None:
-        self.write, self.tell = spool.write, spool.tell
+        self.spool: Spool | None = spool
+
+    def write(self, data: "bytes | memoryview") -> int:
+        """Pass it on."""
+        return len(data) if self.spool is None else self.spool.write(data)
+
+    def tell(self) -> int:
+        """How much the spool has."""
+        return 0 if self.spool is None else self.spool.tell()
 
     def flush(self) -> None:
         """Nothing waits."""

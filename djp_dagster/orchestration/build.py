@@ -16,7 +16,7 @@ from djp_dagster.patterns.streaming import (
     build_worker_sensor,
 )
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.resources import SqlEventStream
+from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.topics import Topic
 from djp_dagster.units import Duration
 

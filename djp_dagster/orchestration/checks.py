@@ -16,7 +16,7 @@ from djp_dagster.orchestration.metadata import lag_metadata
 from djp_dagster.orchestration.step import stream_of
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.resources import SqlEventStream
+from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 

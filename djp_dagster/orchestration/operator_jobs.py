@@ -13,7 +13,7 @@ from djp_dagster.orchestration.step import stream_of
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, identifier
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.redrive import redrive
-from djp_dagster.resources import SqlEventStream
+from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.seeking import Move, parse_target, plan_seek
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.streams.topics import Topic

@@ -11,7 +11,7 @@ from djp_dagster.orchestration.step import threshold_config
 from djp_dagster.orchestration.ticks import look
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.resources import SqlEventStream
+from djp_dagster.resources.event_stream import SqlEventStream
 
 
 def run_sensor(

@@ -12,7 +12,7 @@ from djp_dagster.orchestration.tags import BATCH_TAG, GROUP_TAG, STREAM_KEY, STR
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.run import RunReport, run_pending
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.resources import SqlEventStream
+from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.model import Backlog, Intent
 from djp_dagster.streams.stream import EventStream
 

@@ -23,7 +23,7 @@ from djp_dagster.orchestration.tags import CODE_TAG, STREAM_KEY, owner_of
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.worker import Worker
-from djp_dagster.resources import SqlEventStream
+from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 

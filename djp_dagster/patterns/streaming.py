@@ -27,7 +27,7 @@ from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, identifier
 from djp_dagster.orchestration.worker_run import WorkerConfig, work
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.leases import DEFAULT_LEASE_S
-from djp_dagster.resources import SqlEventStream
+from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.topics import Topic, check_name
 from djp_dagster.units import Duration, is_count, parse_seconds
 

@@ -294,18 +294,25 @@ def _name(topic: str | Topic) -> str:
 
 
 def open_stream(
-    target: str | Path, *, payloads: "PayloadStore | None" = None, clock: "Clock | None" = None
+    target: str | Path,
+    *,
+    payloads: "PayloadStore | None" = None,
+    default_payloads: "PayloadStore | None" = None,
+    clock: "Clock | None" = None,
 ) -> EventStream:
     """Open a stream, creating it if it is not there.
 
     Args:
         target: a file (SQLite), or a URL: ``sqlite:///path``, ``postgresql+psycopg://user@host/database``.
-        payloads: where batch outputs go; a folder beside the file unless told. Needed with PostgreSQL.
+        payloads: where outputs of batches and heavy data of events go, below a prefix of the stream's own. Unless
+            given, to the bucket ``$DJP_S3_BUCKET``, else to a folder beside the file.
+        default_payloads: where to if neither is there, as with PostgreSQL.
         clock: seconds since 1970, for tests.
 
     Raises:
         StreamNotWritableError, StreamFormatError, StreamCorruptError, StreamUnavailableError: naming the place.
     """
+    from djp_dagster.claim_check.location import bucket_of_environment, open_payload_store
     from djp_dagster.streams.sql.coordinator import SqlCoordinator
     from djp_dagster.streams.sql.database import Database
     from djp_dagster.streams.sql.log import SqlEventLog
@@ -313,8 +320,10 @@ def open_stream(
     url = str(target) if "://" in str(target) else f"sqlite:///{Path(target)}"
     database = Database(url, clock=clock)
     log = SqlEventLog(database)
+    if payloads is None:
+        payloads = bucket_of_environment()
     if payloads is None and database.path is not None:
-        from djp_dagster.claim_check.location import open_payload_store
-
         payloads = open_payload_store(database.path.with_name(f"{database.path.stem}-payloads"))
+    if payloads is None:
+        payloads = default_payloads
     return EventStream(log, SqlCoordinator(log), label=database.label, payloads=payloads)

@@ -7,7 +7,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from djp_dagster import EventStream, SqlEventStream, resources
+from djp_dagster import EventStream, SqlEventStream
+from djp_dagster.resources import event_stream
 from djp_dagster.testing import Clock, memory_stream
 
 
@@ -44,7 +45,7 @@ def resource(tmp_path: Path) -> Iterator[SqlEventStream]:
     made = SqlEventStream(url=f"sqlite:///{tmp_path / 'stream.db'}", state_folder=str(tmp_path / "state"))
     yield made
     key = (os.getpid(), made.url or "", None)
-    opened = resources._open_streams.pop(key, None)
+    opened = event_stream._open_streams.pop(key, None)
     if opened is not None:
         opened.stream.close()
 

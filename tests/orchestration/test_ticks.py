@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 import djp_dagster as djp
-from djp_dagster import EventStream, SqlEventStream, Threshold, consumer
+from djp_dagster import EventStream, LocalPayloadStore, SqlEventStream, Threshold, consumer
 from djp_dagster.errors import RetriesExhaustedError, StreamUnavailableError
 from djp_dagster.orchestration.ticks import look
 from djp_dagster.streams.model import Intent, Range
@@ -270,7 +270,8 @@ class TestOutage:
 
     def test_a_stream_that_was_never_there(self, instance: dg.DagsterInstance, tmp_path: Path) -> None:
         away = SqlEventStream(
-            url="postgresql+psycopg://nobody@127.0.0.1:1/none?connect_timeout=1", payload_folder=str(tmp_path)
+            url="postgresql+psycopg://nobody@127.0.0.1:1/none?connect_timeout=1",
+            payloads=LocalPayloadStore(folder=str(tmp_path)),
         )
         for sensor in all_sensors():
             with pytest.raises(StreamUnavailableError):
@@ -279,7 +280,7 @@ class TestOutage:
     def test_a_stream_that_goes_away_and_comes_back(
         self, instance: dg.DagsterInstance, postgres_server: PostgresServer, postgres_url: str, tmp_path: Path
     ) -> None:
-        resource = SqlEventStream(url=postgres_url, payload_folder=str(tmp_path))
+        resource = SqlEventStream(url=postgres_url, payloads=LocalPayloadStore(folder=str(tmp_path)))
         stream = resource.open()
         copy.register(stream)
         publish(stream, 3)

@@ -1,4 +1,4 @@
-"""Dagster resources over the core's stream. Each is a thin, configurable shell: the core does the work."""
+"""`SqlEventStream`: the event stream as a Dagster resource."""
 
 import logging
 import os
@@ -10,6 +10,8 @@ import dagster as dg
 from pydantic import Field
 
 from djp_dagster.claim_check.location import open_payload_store
+from djp_dagster.claim_check.stores import PayloadStore
+from djp_dagster.resources.payload_stores import PayloadStoreResource
 from djp_dagster.streams.location import URL_VARIABLE, default_folder, default_url
 from djp_dagster.streams.stream import EventStream, open_stream
 
@@ -32,9 +34,10 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
         description="sqlite:///path or postgresql+psycopg://user@host/database; else $DJP_STREAM_URL, else a file "
         "under DAGSTER_HOME.",
     )
-    payload_folder: str | None = Field(
+    payloads: PayloadStoreResource | None = Field(
         default=None,
-        description="Where batch outputs lie; beside the stream's file, or under DAGSTER_HOME, unless given.",
+        description="Where outputs of batches and heavy data of events lie; else in the bucket $DJP_S3_BUCKET, else "
+        "beside the stream's file, or under DAGSTER_HOME.",
     )
     state_folder: str | None = Field(
         default=None,
@@ -48,7 +51,7 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
         Raises:
             StreamNotWritableError, StreamFormatError, StreamUnavailableError: naming the place.
         """
-        return _opened(self.url or _told_default(), self.payload_folder)
+        return _opened(self.url or _told_default(), self.payloads)
 
     def state_path(self) -> Path:
         """The folder of local state."""
@@ -66,13 +69,14 @@ class _Opened(NamedTuple):
     file: tuple[int, int] | None
 
 
-_open_streams: dict[tuple[int, str, str | None], _Opened] = {}
+_open_streams: dict[tuple[int, str, PayloadStore | None], _Opened] = {}
 _opening = threading.Lock()
 
 
-def _opened(url: str, payload_folder: str | None) -> EventStream:
+def _opened(url: str, payloads: PayloadStoreResource | None) -> EventStream:
     """The stream of this process: Dagster makes a new resource for every tick and step, and connections cost."""
-    key = (os.getpid(), url, payload_folder)
+    store = payloads.open() if payloads is not None else None
+    key = (os.getpid(), url, store)
     with _opening:
         known = _open_streams.get(key)
         if known is not None and known.file != _file_of(url):
@@ -81,17 +85,10 @@ def _opened(url: str, payload_folder: str | None) -> EventStream:
             known.stream.close()
             known = None
         if known is None:
-            stream = _with_payloads(open_stream(url), payload_folder)
+            at_home = open_payload_store(default_folder() / "payloads")
+            stream = open_stream(url, payloads=store, default_payloads=at_home)
             known = _open_streams[key] = _Opened(stream, _file_of(url))
         return known.stream
-
-
-def _with_payloads(stream: EventStream, folder: str | None) -> EventStream:
-    if folder is None and stream.has_payloads:
-        return stream
-    place = Path(folder) if folder is not None else default_folder() / "payloads"
-    payloads = open_payload_store(place)
-    return EventStream(stream.log, stream.coordinator, label=stream.label, payloads=payloads)
 
 
 def _file_of(url: str) -> tuple[int, int] | None:
