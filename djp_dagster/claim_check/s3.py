@@ -103,7 +103,8 @@ class S3Objects:
         client, settings = self._client.get(), self._client.settings
         try:
             if content.size <= settings.part_bytes:
-                client.put_object(**arguments, **condition, Body=content.read_at(0, content.size))
+                body = content.read_at(0, content.size)
+                client.put_object(**arguments, **condition, Body=body, **settings.checksum_of(body))
             else:
                 upload_parts(client, content, arguments, condition, settings)
         except ClientError as error:

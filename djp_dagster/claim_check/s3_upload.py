@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from djp_dagster.claim_check.objects import Content
-from djp_dagster.claim_check.s3_settings import S3Settings, code_of
+from djp_dagster.claim_check.s3_settings import CHECKSUM, S3Settings, code_of
 
 _MAX_PARTS = 10_000
 _CHECKSUM = re.compile(r"Checksum(?!Type).+")
@@ -31,7 +31,8 @@ def upload_parts(
         ClientError: among others 412, the key exists; nothing is left behind then.
     """
     at = {"Bucket": arguments["Bucket"], "Key": arguments["Key"]}
-    upload = {**at, "UploadId": client.create_multipart_upload(**arguments)["UploadId"]}
+    checksum = {"ChecksumAlgorithm": CHECKSUM} if settings.sends_checksums else {}
+    upload = {**at, "UploadId": client.create_multipart_upload(**arguments, **checksum)["UploadId"]}
     try:
         parts = _send_all(client, content, upload, settings)
         _complete(client, upload, parts, condition, content.size)
@@ -50,7 +51,8 @@ def _send_all(client: Any, content: Content, upload: dict[str, str], settings: S
         if failed.is_set():
             return {}
         try:
-            sent = client.upload_part(**upload, PartNumber=number, Body=content.read_at((number - 1) * size, size))
+            body = content.read_at((number - 1) * size, size)
+            sent = client.upload_part(**upload, PartNumber=number, Body=body, **settings.checksum_of(body))
         except BaseException:
             failed.set()
             raise

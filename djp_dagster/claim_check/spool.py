@@ -10,6 +10,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +20,8 @@ from djp_dagster.errors import PayloadCorruptError, PayloadStoreUnavailableError
 MEMORY_BYTES = 8 << 20
 """Content up to this size is kept in memory; larger content is moved about in pieces of this size."""
 TEMPORARY = ".upload-"
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 2 << 20
+assert MEMORY_BYTES % _CHUNK_BYTES == 0
 
 
 class Spool(io.RawIOBase):
@@ -111,21 +113,23 @@ class FileContent:
         self._name = str(getattr(file, "name", "a file"))
         digest = hashlib.sha256()
         self._checks: list[int] = []
-        buffer = bytearray(_CHUNK_BYTES)
         self.size, check = 0, 0
-        while read := os.preadv(self._handle, [buffer], self.size):
-            view = memoryview(buffer)[:read]
-            digest.update(view)
-            # A piece ends exactly at a multiple of MEMORY_BYTES, whatever the sizes of the reads.
-            while view:
-                room = MEMORY_BYTES - self.size % MEMORY_BYTES
-                check = zlib.crc32(view[:room], check)
-                self.size += len(view[:room])
-                view = view[room:]
-                if self.size % MEMORY_BYTES == 0:
+        # Two buffers: one is filled, and summed, while the other is hashed, which takes longest.
+        buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
+        with ThreadPoolExecutor(1, thread_name_prefix="djp-hash") as reader:
+            ahead = reader.submit(_fill, self._handle, buffers[0], 0, 0)
+            while True:
+                filled, check = ahead.result()
+                self.size += len(filled)
+                if self.size % MEMORY_BYTES == 0 or len(filled) < _CHUNK_BYTES:
                     self._checks.append(check)
                     check = 0
-        self._checks.append(check)
+                if len(filled) < _CHUNK_BYTES:
+                    break
+                buffers.reverse()
+                ahead = reader.submit(_fill, self._handle, buffers[0], self.size, check)
+                digest.update(filled)
+            digest.update(filled)
         self.sha256 = digest.hexdigest()
 
     def read_at(self, offset: int, size: int) -> bytes:
@@ -166,6 +170,14 @@ def _roomy(folder: Path | None) -> Iterator[None]:
             "or have temporary files made elsewhere (TMPDIR, or spool_folder for a store on S3)",
             folder=str(folder or tempfile.gettempdir()),
         ) from error
+
+
+def _fill(handle: int, buffer: memoryview, offset: int, check: int) -> tuple[memoryview, int]:
+    """As much of the file from ``offset`` on as the buffer takes, and the CRC-32 continued over it."""
+    size = 0
+    while read := os.preadv(handle, [buffer[size:]], offset + size):
+        size += read
+    return buffer[:size], zlib.crc32(buffer[:size], check)
 
 
 def _written(content: "Spool | FileContent", folder: Path) -> Path:
