@@ -14,6 +14,8 @@ from djp_dagster.errors import (
     FencedError,
     InvalidSettingError,
     OffsetOutOfRangeError,
+    PayloadStoreRefusedError,
+    PayloadStoreUnavailableError,
     PoisonBlockedError,
     StreamBusyError,
     StreamCorruptError,
@@ -31,8 +33,8 @@ from djp_dagster.units import Duration, parse_seconds
 _log = logging.getLogger(__name__)
 Verdict = Literal["outage", "fatal", "transient", "terminal"]
 
-OUTAGES = (StreamUnavailableError, StreamBusyError, StreamFullError)
-"""The stream is away for now: waited for, counted nowhere."""
+OUTAGES = (StreamUnavailableError, StreamBusyError, StreamFullError, PayloadStoreUnavailableError)
+"""The stream, or a payload store, is away for now: waited for, counted nowhere."""
 
 FATAL = (
     FencedError,
@@ -44,6 +46,7 @@ FATAL = (
     StreamNotWritableError,
     CommitTooLargeError,
     InvalidSettingError,
+    PayloadStoreRefusedError,
     PoisonBlockedError,
     SystemicFailureError,
 )
@@ -150,7 +153,7 @@ class Patience:
         self._last = now
         if self._stop.is_set() or now - self._away_since > self._outage_s:
             raise error
-        _log.warning("waiting for the stream: %s", error)
+        _log.warning("waiting: %s", error)
         self.pause(0.5)
 
     def came_back(self) -> None:

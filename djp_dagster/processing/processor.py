@@ -172,10 +172,7 @@ class Processor:
         attempt = self._handling.run(lease, intent, intent.ranges, poison_of(intent))
         handled = time.perf_counter()
         reach("4.handled")
-        try:
-            output = self._committer.store_output(intent, attempt.value)
-        except OSError as error:
-            raise HandlerError(error) from error
+        output = self._committer.store_output(intent, attempt.value)
         reach("5.stored")
         commit = self._committer.prepare(lease, intent, attempt, output)
         committing = time.perf_counter()
