@@ -1,4 +1,4 @@
-"""The demonstration: a shop whose clicks and orders are streamed and batched. Read it top to bottom.
+"""The demonstration: a shop whose clicks, orders and uploads are streamed and batched. Read it top to bottom.
 
 `make demo` runs it with traffic. Nothing here is special to a demonstration but the sensors and schedules being on from
 the start (the library's are off until somebody turns them on).
@@ -8,6 +8,8 @@ import dagster as dg
 import pandas as pd
 
 import djp_dagster as djp
+from demo.media import measure
+from demo.prices import prices
 
 # 1. Topics: what happens in the shop. A topic is split into partitions by a key; order holds per key.
 
@@ -16,6 +18,10 @@ orders = djp.Topic("orders", partitions=4, key="user_id", retention="7d")
 user_updates = djp.Topic("user_updates", partitions=4, key="user_id")
 suggestions = djp.Topic("suggestions", partitions=4, key="user_id", retention="1d")
 fraud_alerts = djp.Topic("fraud_alerts", key="user_id")
+
+#    Images and videos of several megabytes. Their bytes go to the payload store, the events carry a claim: a token.
+product_uploads = djp.Topic("product_uploads", partitions=2, retention="1h", offload_above="64KiB")
+product_media = djp.Topic("product_media", partitions=2, key="product_id", retention="1d")
 
 
 # 2. Consumers: what to do with events. Plain functions; `djp.testing.run_consumer` runs them in a unit test.
@@ -67,11 +73,28 @@ def order_files(batch: djp.Batch) -> pd.DataFrame:
     return frame.dropna(subset=["amount"]).drop_duplicates("event_id")
 
 
+@djp.consumer(topic=product_uploads, emits=[product_media], isolate="per_event", max_poison=100)
+def describe_media(upload: djp.Record, batch: djp.Batch) -> None:
+    """Say of an uploaded image or video what it is; whoever wants to see it gets the claim, not the bytes."""
+    with upload.open_data() as file:  # a stream, wherever the bytes are
+        found = measure(file.read(256))
+    facts = {name: value for name, value in found._asdict().items() if value is not None}
+    batch.emit(
+        product_media.event(
+            product_id=upload.subject,
+            upload=upload.id,
+            media_type=upload.datacontenttype,
+            claim=upload.claim,
+            **facts,
+        )
+    )
+
+
 # 3. Assets: the topics, and the consumers between them. Materialize handles what is pending for a consumer.
 
-topics = djp.build_topic_assets(recommend, fraud, order_files, user_updates, group_name="shop")
-
-consumers = [djp.build_stream_asset(consumer, group_name="shop") for consumer in (recommend, fraud, order_files)]
+shop = (recommend, fraud, order_files, describe_media)
+topics = djp.build_topic_assets(*shop, user_updates, group_name="shop")
+consumers = [djp.build_stream_asset(consumer, group_name="shop") for consumer in shop]
 
 
 @dg.asset(group_name="shop", automation_condition=dg.AutomationCondition.eager())
@@ -82,10 +105,28 @@ def revenue(order_files: djp.BatchOutputs[pd.DataFrame]) -> dg.MaterializeResult
     return dg.MaterializeResult(value=amount, metadata={"amount": amount, "files": len(new)})
 
 
+#    Values of assets go to the payload store too: large ones as immutable payloads, small ones beside their pointer.
+#    The hash of the content is the data version, so the same prices again leave what is made of them fresh.
+
+
+@dg.asset(group_name="shop")
+def price_history() -> pd.DataFrame:
+    """The price of each product in each hour of the last year: 1.75 million rows."""
+    return pd.DataFrame(prices())
+
+
+@dg.asset(group_name="shop")
+def cheapest_hours(price_history: pd.DataFrame) -> pd.DataFrame:
+    """The hour of the day at which each product is cheapest on average."""
+    hourly = price_history.groupby(["product_id", price_history["at"].dt.hour])["price"].mean()
+    return hourly.groupby("product_id").idxmin().map(lambda found: found[1]).rename("hour").reset_index()
+
+
 checks = [
     djp.build_stream_checks(recommend, max_lag_age="1min", worker=True),
     djp.build_stream_checks(fraud, max_lag_age="1min"),
     djp.build_stream_checks(order_files, max_lag_age="5min"),
+    djp.build_stream_checks(describe_media, max_lag_age="1min"),
 ]
 
 
@@ -98,6 +139,7 @@ recommend_workers = djp.build_worker_sensor([recommend], name="recommend_worker"
 
 #    A run per micro-batch: seconds behind the orders.
 fraud_sensor = djp.build_stream_sensor(fraud, default_status=on)
+media_sensor = djp.build_stream_sensor(describe_media, default_status=on)
 
 #    Batching: a run as soon as enough has piled up, or what there is has waited for long enough; and by the clock.
 order_files_sensor = djp.build_batch_sensor(
@@ -111,21 +153,25 @@ order_files_schedule = djp.build_batch_schedule(
 # 5. All of it.
 
 defs = dg.Definitions(
-    assets=[*topics, *consumers, revenue],
+    assets=[*topics, *consumers, revenue, price_history, cheapest_hours],
     asset_checks=checks,
     jobs=[  # for the Launchpad: publish an event by hand, send dead letters through their handler again, move a group
         djp.build_publish_job(orders, clicks, user_updates),
-        djp.build_redrive_job(recommend, fraud, order_files),
-        djp.build_seek_job(recommend, fraud, order_files),
+        djp.build_redrive_job(*shop),
+        djp.build_seek_job(*shop),
     ],
     sensors=[
         recommend_workers,
         fraud_sensor,
+        media_sensor,
         order_files_sensor,
         djp.build_check_sensor(*checks, default_status=on),
         dg.AutomationConditionSensorDefinition("revenue_automation", target="revenue", default_status=on),
     ],
     schedules=[order_files_schedule],
-    resources={"event_stream": djp.SqlEventStream()},  # a SQLite file under DAGSTER_HOME, unless told otherwise
+    resources={
+        "event_stream": djp.SqlEventStream(),  # a SQLite file under DAGSTER_HOME, unless told otherwise
+        "io_manager": djp.ClaimCheckIOManager(),  # a folder there, or the bucket DJP_S3_BUCKET
+    },
     executor=dg.in_process_executor,
 )

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.harness import Row, Settings
 
-NAMES = ("append", "consume", "quix", "latency", "pending", "ticks", "drain", "workers", "imports")
+NAMES = ("append", "consume", "quix", "latency", "pending", "ticks", "drain", "workers", "imports", "claim_check")
 _PACKAGES = ("djp-dagster", "dagster", "msgspec", "sqlalchemy", "quixstreams", "confluent-kafka", "noida-db")
 
 
@@ -37,12 +37,12 @@ def main() -> None:
         for name in arguments.names or NAMES:
             console.print(f"{name} ...", style="dim")
             rows += importlib.import_module(f"benchmarks.{name}").run(settings)
-    console.print(_table(rows))
+    console.print(table(rows))
     console.print(f"{_machine()}. {_versions()}. SQLite: WAL, synchronous=FULL, on both sides.", highlight=False)
     console.print(f"Medians of {arguments.rounds} alternating rounds; ratio = ours / peer, more is better.")
 
 
-def _table(rows: list[Row]) -> Table:
+def table(rows: list[Row]) -> Table:
     table = Table()
     table.add_column("what is timed")
     for title in ("ours", "peer", "ratio", "target", "met"):

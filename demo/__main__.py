@@ -30,6 +30,9 @@ TOUR = """
      Turn fraud_sensor off, see below what is pending grow, turn it on again.
   5. {url}/locations/shop/jobs/publish_job/playground
      Publish an order by hand; one with an amount of 50000 makes fraud raise an alert.
+  6. {url}/assets/price_history
+     Materialize it: 1.75 million rows go to the payload store, a pointer says which are current. Do it again: the same
+     prices have the same data version, and what is made of them stays fresh. Uploads go there too: djp claims gc
 """
 
 

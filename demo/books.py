@@ -7,11 +7,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from definitions import clicks, fraud, fraud_alerts, order_files, orders, recommend, suggestions
+from definitions import (
+    clicks,
+    describe_media,
+    fraud,
+    fraud_alerts,
+    order_files,
+    orders,
+    product_media,
+    product_uploads,
+    recommend,
+    suggestions,
+)
 from demo.traffic import TOPICS
-from djp_dagster import Consumer, EventStream, Record, Topic, TopicPartition
+from djp_dagster import Claim, Consumer, EventStream, Record, Topic, TopicPartition
+from djp_dagster.errors import PayloadError
 
-CONSUMERS = (recommend, fraud, order_files)
+CONSUMERS = (recommend, fraud, order_files, describe_media)
 ABSURD_AMOUNT = 10_000
 
 
@@ -46,7 +58,7 @@ class Books:
             stream.create_topic(topic)
         for consumer in CONSUMERS:
             consumer.register(stream)
-        self._ends_then = self._ends((*TOPICS, suggestions, fraud_alerts))
+        self._ends_then = self._ends((*TOPICS, suggestions, fraud_alerts, product_media))
         self._positions_then = {consumer.group: stream.positions(consumer.group) for consumer in CONSUMERS}
         self._letters_then = max((letter.id for letter in self._letters(0)), default=0)
         self._outputs = self._last_output = self._outputs_then = 0
@@ -87,7 +99,8 @@ class Books:
         )
         problems = [f"{group} has not handled {events} events" for group, events in self.pending().items()]
         problems += [f"the dead letter {position} is there {n} times" for position, n in failed.items() if n > 1]
-        return problems + self._check_suggestions(failed) + self._check_alerts(failed) + self._check_files()
+        problems += self._check_suggestions(failed) + self._check_alerts(failed)
+        return problems + self._check_files() + self._check_media(failed)
 
     def _check_suggestions(self, failed: Mapping[tuple[str, str, int, int], int]) -> list[str]:
         """One suggestion for each click that did not fail, numbered without a gap per user."""
@@ -137,6 +150,27 @@ class Books:
         wanted = {order.id for order in self._handled(order_files, orders) if order.data.get("amount") is not None}
         problems = [f"order {position} is in {n} files" for position, n in written.items() if n > 1]
         return problems[:5] + _difference("order in no file", wanted - ids)
+
+    def _check_media(self, failed: Mapping[tuple[str, str, int, int], int]) -> list[str]:
+        """One description for each upload that did not fail, and the payload it speaks of."""
+        made = list(self._since(product_media))
+        wanted = {
+            upload.id
+            for upload in self._handled(describe_media, product_uploads)
+            if ("describe_media", *upload.position) not in failed
+        }
+        described = {medium.data["upload"] for medium in made}
+        lost = set()
+        for token in {medium.data["claim"]["uri"]: medium.data["claim"] for medium in made}.values():
+            try:
+                self._stream.payloads.verify(Claim.from_dict(token))
+            except PayloadError:
+                lost.add(token["uri"])
+        return (
+            _repeated("description", made)
+            + _difference("upload without a description", wanted - described)
+            + _difference("payload that is lost or damaged", lost)
+        )
 
     def _handled(self, consumer: Consumer, topic: Topic) -> Iterator[Record]:
         """What the consumer has committed since the books were opened."""

@@ -1,4 +1,4 @@
-"""Seeded traffic for the shop: clicks, orders and user updates, some of them twice, some malformed.
+"""Seeded traffic for the shop: clicks, orders, user updates and product uploads, some of them twice, some malformed.
 
 The events come in chunks, and chunk *k* follows from the settings and *k* alone. Each topic has a named producer that
 publishes chunk *k* under the sequence *k*: whoever starts again, after any crash, goes on with the first chunk that is
@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import click
 
 import djp_dagster as djp
-from definitions import clicks, orders, user_updates
+from definitions import clicks, orders, product_uploads, user_updates
+from demo.media import IMAGES, VIDEOS, medium
 from djp_dagster import Event, EventStream, Topic
 
-TOPICS = (clicks, orders, user_updates)
+SMALL = (clicks, orders, user_updates)
+TOPICS = (*SMALL, product_uploads)
 _CHUNKS_PER_SECOND = 4
 _SHARES = (0.70, 0.22, 0.08)
+_CHUNKS_PER_UPLOAD = 12  # megabytes each: one in about three seconds
 _BOT_SHARE = 0.02
 _ABSURD_SHARE = 0.002
 _SAY_EVERY_S = 10.0
@@ -35,10 +38,11 @@ class Settings(NamedTuple):
     """What the traffic looks like.
 
     Attributes:
-        rate: events per second in all topics together, duplicates among them.
+        rate: events per second in all topics together, duplicates among them, uploads (one in three seconds) not.
         skew: exponent of the Zipf law by which users and products are chosen; 0 makes all alike.
         duplicates: share of events that are published twice, with the same id.
-        poison: share of events that are malformed: a click without product, an order or an update without its value.
+        poison: share of events that are malformed: a click without product, an order or an update without its value. Of
+            the uploads, ten times that share is no image or video at all.
         seed: another seed, other events.
         users, products: how many there are.
     """
@@ -53,7 +57,7 @@ class Settings(NamedTuple):
 
     @property
     def chunk_events(self) -> int:
-        """Events in a chunk: about a quarter of a second's."""
+        """Events in a chunk, but for uploads: about a quarter of a second's."""
         return max(1, round(self.rate / _CHUNKS_PER_SECOND))
 
     @property
@@ -68,7 +72,7 @@ class Traffic:
     Example:
         >>> traffic = Traffic(Settings(rate=40, seed=7))
         >>> [len(events) for events in traffic.chunk(1).values()]
-        [7, 1, 2]
+        [7, 1, 2, 0]
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -85,7 +89,7 @@ class Traffic:
         made: dict[Topic, list[Event]] = {topic: [] for topic in TOPICS}
         count = 0
         while count < settings.chunk_events:
-            topic = orders if bot is not None else chance.choices(TOPICS, _SHARES)[0]
+            topic = orders if bot is not None else chance.choices(SMALL, _SHARES)[0]
             data = self._data(chance, topic, bot)
             event = Event(
                 type=topic.name, source=f"/topics/{topic.name}", id=f"{settings.seed}-{number}-{count}", data=data
@@ -93,7 +97,25 @@ class Traffic:
             twice = count + 1 < settings.chunk_events and chance.random() < settings.duplicates
             made[topic].extend([event, event] if twice else [event])
             count += 1 + twice
+        if number % _CHUNKS_PER_UPLOAD == 0:
+            made[product_uploads].append(self._upload(chance, number))
         return made
+
+    def _upload(self, chance: random.Random, number: int) -> Event:
+        """An image or a video of a product: heavy data, which the topic sends to the payload store."""
+        media_type, content = medium(chance.randrange(IMAGES + VIDEOS), self.settings.seed)
+        if chance.random() < 10 * self.settings.poison:
+            content = b"no image, but the seller's tax return\n" * 4_000
+        product_id = f"p{self._pick(chance, self._products)}"
+        return Event(
+            type=product_uploads.name,
+            source=f"/topics/{product_uploads.name}",
+            id=f"{self.settings.seed}-{number}-upload",
+            data=content,
+            datacontenttype=media_type,
+            subject=product_id,
+            ext={"partitionkey": product_id},
+        )
 
     def _user(self, chance: random.Random) -> str:
         return f"user-{self._pick(chance, self._users)}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from djp_dagster.orchestration.checks import build_check_sensor, build_stream_checks
     from djp_dagster.orchestration.operator_jobs import build_publish_job, build_redrive_job, build_seek_job, publish_op
     from djp_dagster.patterns.batching import build_batch_schedule, build_batch_sensor
+    from djp_dagster.patterns.claim_check import ClaimCheckIOManager
     from djp_dagster.patterns.streaming import (
         build_stream_asset,
         build_stream_sensor,
@@ -49,6 +50,7 @@ _HOMES = {
     "BatchOutputs": "processing.outputs",
     "BatchReport": "processing.reports",
     "Claim": "claim_check.claims",
+    "ClaimCheckIOManager": "patterns.claim_check",
     "Consumer": "processing.consumer",
     "DjpError": "errors",
     "Event": "events",
@@ -97,6 +99,7 @@ __all__ = [
     "BatchOutputs",
     "BatchReport",
     "Claim",
+    "ClaimCheckIOManager",
     "Consumer",
     "DjpError",
     "Event",

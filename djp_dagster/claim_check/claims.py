@@ -10,11 +10,14 @@ Sources of the formats: CloudEvents 1.0.2 extension "Dataref"; payload-offloadin
 import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from djp_dagster.errors import InvalidClaimError
+
+if TYPE_CHECKING:
+    from djp_dagster.claim_check.sqs import SqsPointer
 
 MAX_TOKEN_BYTES = 1024
 _MAX_SECONDS = 253_402_300_799  # the last second of the year 9999
@@ -175,9 +178,35 @@ class Claim(
             expires_at=_number(_EXPIRES, ext[_EXPIRES]) if _EXPIRES in ext else None,
         )
 
+    def to_sqs(self, *, legacy: bool = False) -> "SqsPointer":
+        """As a message of the SQS Extended Client; see `djp_dagster.claim_check.sqs.to_sqs`.
+
+        Raises:
+            InvalidClaimError: its payload is not on S3, of unknown size, or compressed.
+        """
+        from djp_dagster.claim_check.sqs import to_sqs
+
+        return to_sqs(self, legacy=legacy)
+
+    @staticmethod
+    def from_sqs(body: str, attributes: Mapping[str, Any] | None) -> "Claim | None":
+        """The claim of a message of the SQS Extended Client; None if it is an ordinary message.
+
+        Raises:
+            InvalidClaimError: it says that it is a pointer, and is none.
+        """
+        from djp_dagster.claim_check.sqs import from_sqs
+
+        return from_sqs(body, attributes)
+
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Claim).decode
+
+
+def is_media_type(text: str) -> bool:
+    """Whether a claim may say that of its payload."""
+    return _is_text(_MEDIA_TYPE, text)
 
 
 def _is_text(pattern: re.Pattern[str], value: object) -> bool:

@@ -123,6 +123,11 @@ class LocalObjects:
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise
+                if not self.folder.is_dir():
+                    raise PayloadStoreUnavailableError(
+                        f"folder {str(self.folder)!r} of the payload store is not there: mount it, or restore it",
+                        key=key,
+                    ) from error
                 raise PayloadMissingError(
                     f"payload {key!r} is not in {str(self.folder)!r}: it was deleted, or the store is another one",
                     key=key,

@@ -4,6 +4,7 @@ Objects are immutable but for two kinds: what one attempt writes again (`put` wi
 (`read_document`, `write_document`), which change by compare and set.
 """
 
+import mmap
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,8 +44,8 @@ class Content(Protocol):
 
     size: int
 
-    def read_at(self, offset: int, size: int) -> bytes:
-        """That many bytes from ``offset`` on.
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with the bytes from ``offset`` on, of which there must be as many.
 
         Raises:
             PayloadCorruptError: they are not those that were hashed.
@@ -52,6 +53,11 @@ class Content(Protocol):
 
     def as_file(self, folder: Path) -> Path:
         """A file of ``folder`` with the content, owned by the caller, who moves or removes it."""
+
+
+def memory(size: int) -> mmap.mmap:
+    """Memory for a part of an object. Unlike what malloc gives, all of it is returned when nobody holds it any more."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class ObjectInfo(msgspec.Struct, frozen=True):

@@ -18,10 +18,16 @@ from urllib.parse import urlencode
 import msgspec
 
 from djp_dagster.claim_check.objects import Content, Document, DocumentChanged, ObjectInfo, check_key, is_key
-from djp_dagster.claim_check.s3_download import open_object
+from djp_dagster.claim_check.references import goes_at
+from djp_dagster.claim_check.s3_download import open_object, read_object
 from djp_dagster.claim_check.s3_settings import S3Settings, code_of, typed
 from djp_dagster.claim_check.s3_upload import Conflict, upload_parts
-from djp_dagster.errors import InvalidSettingError, PayloadStoreRefusedError, PayloadStoreUnavailableError
+from djp_dagster.errors import (
+    InvalidSettingError,
+    PayloadMissingError,
+    PayloadStoreRefusedError,
+    PayloadStoreUnavailableError,
+)
 
 _DELETED_AT_ONCE = 1000
 _CONFLICTS = 5
@@ -103,7 +109,8 @@ class S3Objects:
         client, settings = self._client.get(), self._client.settings
         try:
             if content.size <= settings.part_bytes:
-                body = content.read_at(0, content.size)
+                body = bytearray(content.size)
+                content.read_into(memoryview(body), 0)
                 client.put_object(**arguments, **condition, Body=body, **settings.checksum_of(body))
             else:
                 upload_parts(client, content, arguments, condition, settings)
@@ -173,16 +180,10 @@ class S3Objects:
 
     def read_document(self, key: str) -> Document | None:
         """See `ObjectStore.read_document`."""
-        from botocore.exceptions import ClientError
-
-        with typed(self.uri, f"read {key!r}"):
-            try:
-                found = self._client.get().get_object(**self._at(key))
-            except ClientError as error:
-                if code_of(error)[0] in ("NoSuchKey", "404"):
-                    return None
-                raise
-            return Document(found["Body"].read(), found["ETag"])
+        try:
+            return Document(*read_object(self._client.get(), self._at(key), key, self.uri, self._client.settings))
+        except PayloadMissingError:
+            return None
 
     def write_document(self, key: str, body: bytes, *, expected: str | None) -> str:
         """See `ObjectStore.write_document`."""
@@ -216,7 +217,10 @@ class S3Objects:
         with typed(self.uri, "list unfinished uploads"):
             for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=top):
                 for upload in page.get("Uploads", ()):
-                    if upload["Initiated"].timestamp() < oldest and _is_ours(upload["Key"].removeprefix(top)):
+                    if (
+                        upload["Initiated"].timestamp() < oldest
+                        and goes_at(upload["Key"].removeprefix(top)) is not None
+                    ):
                         count += 1
                         if remove:
                             self._abort(upload)
@@ -254,10 +258,6 @@ class S3Objects:
         told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         moment: datetime | None = parsedate_to_datetime(told) if told else None
         return moment.timestamp() if moment is not None else time.time()
-
-
-def _is_ours(key: str) -> bool:
-    return key.startswith(("sha256/", _EXPIRING, "attempts/")) or "/sha256/" in key or "/attempts/" in key
 
 
 def open_bucket(bucket: str, prefix: str, settings: dict[str, Any]) -> "tuple[S3Objects, dict[str, Any]]":

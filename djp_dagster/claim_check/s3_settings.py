@@ -5,12 +5,15 @@ import zlib
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from djp_dagster.errors import InvalidSettingError, PayloadStoreRefusedError, PayloadStoreUnavailableError
 from djp_dagster.units import is_count
+
+if TYPE_CHECKING:
+    import mmap
 
 CHECKSUM = "CRC32"
 Checksums = Literal["when_supported", "when_required"]
@@ -119,7 +122,7 @@ class S3Settings(msgspec.Struct, frozen=True, kw_only=True):
             s3={"addressing_style": self.addressing, "payload_signing_enabled": not self.sends_checksums},
             signature_version=UNSIGNED if self.unsigned else signature,
         )
-        return boto3.session.Session(profile_name=self.profile).client(
+        client = boto3.session.Session(profile_name=self.profile).client(
             "s3",
             region_name=self.region,
             endpoint_url=self.endpoint_url,
@@ -130,13 +133,15 @@ class S3Settings(msgspec.Struct, frozen=True, kw_only=True):
             verify=self.verify,
             config=config,
         )
+        client.meta.events.register("before-parse.s3", _notice_what_is_cut)
+        return client
 
     @property
     def sends_checksums(self) -> bool:
         """Whether the server is told, and checks, a CRC-32 of every body."""
         return self.checksums == "when_supported"
 
-    def checksum_of(self, body: bytes) -> dict[str, str]:
+    def checksum_of(self, body: "bytes | bytearray | mmap.mmap") -> dict[str, str]:
         """The checksum of a body as an argument of the request: made here, it needs no second pass in botocore."""
         if not self.sends_checksums:
             return {}
@@ -152,6 +157,19 @@ class S3Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.bucket_key:
             arguments["BucketKeyEnabled"] = True
         return arguments
+
+
+def _notice_what_is_cut(operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
+    """Have a request repeated whose answer broke off.
+
+    botocore takes an answer that breaks off before its first byte for an empty one: a list of nothing, say, which to
+    collection would mean that nothing is referred to.
+    """
+    told = response_dict["headers"].get("content-length")
+    if operation_model.has_streaming_output or operation_model.http["method"] == "HEAD" or told is None:
+        return
+    if len(response_dict["body"]) < int(told):
+        response_dict["status_code"], response_dict["body"] = 500, b""
 
 
 def code_of(error: Any) -> tuple[str, int]:
@@ -205,7 +223,10 @@ def _remedy(code: str, status: int) -> str:
     if code == "NoSuchBucket":
         return "create the bucket: a payload store makes none"
     if status == 403:
-        return "grant s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket, or check credentials and clock"
+        return (
+            "grant s3:GetObject, s3:PutObject, s3:AbortMultipartUpload and s3:ListBucket, for collection also "
+            "s3:DeleteObject and s3:ListBucketMultipartUploads, or check credentials and clock"
+        )
     if status == 501 or code == "NotImplemented":
         return "the server lacks what a payload store needs, such as conditional writes"
     return "see what S3 says of this code"

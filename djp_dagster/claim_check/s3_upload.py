@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
-from djp_dagster.claim_check.objects import Content
+from djp_dagster.claim_check.objects import Content, memory
 from djp_dagster.claim_check.s3_settings import CHECKSUM, S3Settings, code_of
 
 _MAX_PARTS = 10_000
@@ -51,7 +51,9 @@ def _send_all(client: Any, content: Content, upload: dict[str, str], settings: S
         if failed.is_set():
             return {}
         try:
-            body = content.read_at((number - 1) * size, size)
+            offset = (number - 1) * size
+            body = memory(min(size, content.size - offset))
+            content.read_into(memoryview(body), offset)
             sent = client.upload_part(**upload, PartNumber=number, Body=body, **settings.checksum_of(body))
         except BaseException:
             failed.set()

@@ -9,6 +9,7 @@ import io
 import os
 import tempfile
 import zlib
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ MEMORY_BYTES = 8 << 20
 """Content up to this size is kept in memory; larger content is moved about in pieces of this size."""
 TEMPORARY = ".upload-"
 _CHUNK_BYTES = 2 << 20
-assert MEMORY_BYTES % _CHUNK_BYTES == 0
 
 
 class Spool(io.RawIOBase):
@@ -75,11 +75,12 @@ class Spool(io.RawIOBase):
             while rest:
                 rest = rest[os.write(self._handle, rest) :]
 
-    def read_at(self, offset: int, size: int) -> bytes:
-        """See `Content.read_at`."""
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See `Content.read_into`."""
         if self._memory is not None:
-            return bytes(self._memory[offset : offset + size])
-        return os.pread(self._handle, size, offset)
+            buffer[:] = self._memory[offset : offset + len(buffer)]
+        elif _fill(self._handle, buffer, offset) != len(buffer):
+            raise PayloadCorruptError(f"{str(self._path)!r} was cut off while it was being stored", key=None)
 
     def as_file(self, folder: Path) -> Path:
         """See `Content.as_file`: its own temporary file where that is possible, a copy where not."""
@@ -112,39 +113,41 @@ class FileContent:
         self._handle = file.fileno()
         self._name = str(getattr(file, "name", "a file"))
         digest = hashlib.sha256()
-        self._checks: list[int] = []
-        self.size, check = 0, 0
+        self._checks = array("I")  # of each chunk
+        self.size = 0
         # Two buffers: one is filled, and summed, while the other is hashed, which takes longest.
         buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
         with ThreadPoolExecutor(1, thread_name_prefix="djp-hash") as reader:
-            ahead = reader.submit(_fill, self._handle, buffers[0], 0, 0)
+            ahead = reader.submit(_summed, self._handle, buffers[0], 0)
             while True:
                 filled, check = ahead.result()
+                self._checks.append(check)
                 self.size += len(filled)
-                if self.size % MEMORY_BYTES == 0 or len(filled) < _CHUNK_BYTES:
-                    self._checks.append(check)
-                    check = 0
                 if len(filled) < _CHUNK_BYTES:
                     break
                 buffers.reverse()
-                ahead = reader.submit(_fill, self._handle, buffers[0], self.size, check)
+                ahead = reader.submit(_summed, self._handle, buffers[0], self.size)
                 digest.update(filled)
             digest.update(filled)
         self.sha256 = digest.hexdigest()
 
-    def read_at(self, offset: int, size: int) -> bytes:
-        """See `Content.read_at`. Whole pieces of `MEMORY_BYTES` are read, because they were hashed as a whole."""
-        end = min(offset + size, self.size)
-        first = offset - offset % MEMORY_BYTES
-        last = min(end + -end % MEMORY_BYTES, self.size)
-        data = os.pread(self._handle, last - first, first)
-        if len(data) != last - first:
-            raise self._changed()
-        for start in range(0, len(data), MEMORY_BYTES):
-            piece = memoryview(data)[start : start + MEMORY_BYTES]
-            if zlib.crc32(piece) != self._checks[(first + start) // MEMORY_BYTES]:
-                raise self._changed()
-        return data[offset - first : end - first]
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See `Content.read_into`. Whole chunks are read, because they were summed as a whole."""
+        while buffer:
+            number, skipped = divmod(offset, _CHUNK_BYTES)
+            size = min(_CHUNK_BYTES, self.size - number * _CHUNK_BYTES)
+            fits = not skipped and size <= len(buffer)
+            chunk = buffer[:size] if fits else memoryview(bytearray(size))
+            filled, check = _summed(self._handle, chunk, number * _CHUNK_BYTES)
+            if len(filled) != size or check != self._checks[number]:
+                raise PayloadCorruptError(
+                    f"{self._name!r} changed while it was being stored; nothing was stored. Store a copy of it",
+                    key=None,
+                )
+            wanted = chunk[skipped : skipped + len(buffer)]
+            if not fits:
+                buffer[: len(wanted)] = wanted
+            buffer, offset = buffer[len(wanted) :], offset + len(wanted)
 
     def as_file(self, folder: Path) -> Path:
         """See `Content.as_file`: a copy."""
@@ -152,11 +155,6 @@ class FileContent:
 
     def close(self) -> None:
         """Nothing: the file is somebody else's."""
-
-    def _changed(self) -> PayloadCorruptError:
-        return PayloadCorruptError(
-            f"{self._name!r} changed while it was being stored; nothing was stored. Store a copy of it", key=None
-        )
 
 
 @contextmanager
@@ -172,12 +170,18 @@ def _roomy(folder: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _fill(handle: int, buffer: memoryview, offset: int, check: int) -> tuple[memoryview, int]:
-    """As much of the file from ``offset`` on as the buffer takes, and the CRC-32 continued over it."""
+def _fill(handle: int, buffer: memoryview, offset: int) -> int:
+    """Read as much of the file from ``offset`` on as the buffer takes; how much that was."""
     size = 0
     while read := os.preadv(handle, [buffer[size:]], offset + size):
         size += read
-    return buffer[:size], zlib.crc32(buffer[:size], check)
+    return size
+
+
+def _summed(handle: int, buffer: memoryview, offset: int) -> tuple[memoryview, int]:
+    """What `_fill` has read, and its CRC-32."""
+    filled = buffer[: _fill(handle, buffer, offset)]
+    return filled, zlib.crc32(filled)
 
 
 def _written(content: "Spool | FileContent", folder: Path) -> Path:
@@ -186,8 +190,11 @@ def _written(content: "Spool | FileContent", folder: Path) -> Path:
     path = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            for offset in range(0, content.size, MEMORY_BYTES):
-                file.write(content.read_at(offset, MEMORY_BYTES))
+            buffer = memoryview(bytearray(min(_CHUNK_BYTES, content.size)))
+            for offset in range(0, content.size, _CHUNK_BYTES):
+                piece = buffer[: content.size - offset]
+                content.read_into(piece, offset)
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:

@@ -6,7 +6,7 @@ How a payload is stored
     1. It is counted and hashed while it is written to memory or, above 8 MiB, to a temporary file.
     2. It is created under its key, atomically, unless the key exists. *A crash before leaves a temporary file or an
        unfinished upload, which collection removes; a crash after it leaves a payload that nobody refers to.*
-    3. If the key existed, its size is compared (a damaged object is replaced), and it is taken off the list of what
+    3. If the key existed, its size is compared (a damaged object is replaced). It is taken off the list of what
        collection is about to delete; if it is being deleted already, the payload gets a key of its own.
     4. Only then is the claim handed out. Whoever gets it makes it visible within the grace period of collection.
 """
@@ -207,10 +207,13 @@ class PayloadStore:
         self.announce()
         expires = None if expires_in is None else day_after(parse_seconds(expires_in, name="expires_in"))
         key = content_key(sha256, encoding, expires)
+        # What was read of the list before the object was made says what may still happen to it.
+        clear = self._condemned.is_clear(key)
         created = self._create(key, content, media_type)
         ref = PayloadRef(key, size, sha256, media_type, encoding)
-        if not created:
-            self._repair(ref, content)
+        if not (created and clear and self._condemned.is_clear(key, ask=False)):
+            if not created:
+                self._repair(ref, content)
             if not self._condemned.save(key):
                 key = another_key(key)
                 created = self._create(key, content, media_type)
@@ -384,6 +387,20 @@ class PayloadStore:
             encoding=ref.encoding,
             expires_at=None if expires is None else round(expires.timestamp()),
         )
+
+    def keep(self, claim: Claim) -> Claim:
+        """The claim, to be made visible in another place; of a copy, if collection is about to delete its payload.
+
+        Whoever does that is a writer: what nothing else refers to by then must not be deleted under it.
+
+        Raises:
+            PayloadError: as `open`.
+        """
+        ref = self.resolve(claim)
+        if self._condemned.save(ref.key) and self.objects.info(ref.key) is not None:
+            return claim
+        with self.open(claim) as file:
+            return self.put(file, media_type=claim.media_type, compress=ref.encoding is not None).claim
 
     def holds(self, claim: Claim) -> bool:
         """Whether the claim names a payload of this store."""

@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from djp_dagster.claim_check.claims import DATAREF
 from djp_dagster.cli import output
 from djp_dagster.cli.access import Access, pass_access
 from djp_dagster.cli.reading import SHADOWED, TAIL_KEYS
-from djp_dagster.errors import InvalidSettingError, MissingKeyError, OffsetOutOfRangeError, TransientError
+from djp_dagster.errors import (
+    InvalidClaimError,
+    InvalidSettingError,
+    MissingKeyError,
+    OffsetOutOfRangeError,
+    TransientError,
+)
 from djp_dagster.streams.records import CODEC_EVENTS, Record, TopicPartition, Undecodable, decode_records, to_micros
 from djp_dagster.streams.topics import key_of
 
@@ -261,11 +268,15 @@ class _LinePrinter(_Printer):
     def _key_of(self, record: Record) -> str:
         try:
             return "-" if self.info.key is None else str(key_of(record, self.info.key, self.info.name))
-        except MissingKeyError:
+        except (MissingKeyError, InvalidSettingError, InvalidClaimError):  # or it is in data that is elsewhere
             return "-"
 
 
 def _data_of(record: Record) -> str:
+    event = record.event()
+    if event.data is None and event.ext is not None and DATAREF in event.ext:
+        # Not loaded for being shown, and not believed.
+        return output.plain(f"({event.ext.get('datarefsize', '?')} bytes at {event.ext[DATAREF]})")
     if isinstance(record.data, bytes):
         return f"({len(record.data)} bytes)"
     return output.plain(output.json_bytes(record.data).decode())

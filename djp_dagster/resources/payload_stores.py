@@ -3,13 +3,14 @@
 import os
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 from pydantic import Field
 
-from djp_dagster.claim_check.location import open_payload_store
+from djp_dagster.claim_check.location import bucket_of_environment, open_payload_store
 from djp_dagster.claim_check.stores import PayloadStore
 from djp_dagster.streams.location import default_folder
 
@@ -37,12 +38,7 @@ class PayloadStoreResource(dg.ConfigurableResource, ABC):  # type: ignore[type-a
             InvalidSettingError: naming the setting.
         """
         # As text, because settings are lists and mappings; it holds secrets, and stays in memory.
-        key = (os.getpid(), f"{type(self).__name__}:{self.model_dump_json()}")
-        with _opening:
-            found = _opened.get(key)
-            if found is None:
-                found = _opened[key] = self._open()
-            return found
+        return _once(f"{type(self).__name__}:{self.model_dump_json()}", self._open)
 
     @abstractmethod
     def _open(self) -> PayloadStore:
@@ -71,3 +67,19 @@ class LocalPayloadStore(PayloadStoreResource):
     def _open(self) -> PayloadStore:
         place = Path(self.folder) if self.folder is not None else default_folder() / "payloads"
         return open_payload_store(place, **self._limits())
+
+
+def default_payload_store() -> PayloadStore:
+    """The bucket that ``$DJP_S3_BUCKET`` names, else a folder under DAGSTER_HOME."""
+    bucket = {name: value for name, value in os.environ.items() if name.startswith("DJP_S3_")}
+    if bucket.get("DJP_S3_BUCKET"):
+        return _once(repr(sorted(bucket.items())), lambda: cast(PayloadStore, bucket_of_environment()))
+    return LocalPayloadStore().open()
+
+
+def _once(key: str, make: Callable[[], PayloadStore]) -> PayloadStore:
+    with _opening:
+        found = _opened.get((os.getpid(), key))
+        if found is None:
+            found = _opened[os.getpid(), key] = make()
+        return found

@@ -42,16 +42,16 @@ def encode(
 
 
 def _by_partition(topic: TopicInfo, events: Iterable[Event]) -> list[list[Event]]:
-    bare = list(events)
-    if set(map(type, bare)) != {Event}:
-        bare = [_bare(event) for event in bare]
+    given = list(events)
+    bare = given if set(map(type, given)) == {Event} else [_bare(event) for event in given]
     partition_for = partitioner(topic)
     if topic.partitions == 1 and partition_for is _only:
         return [bare]
     buckets: list[list[Event]] = [[] for _ in range(topic.partitions)]
-    for event in bare:
+    # A record is routed as it is, because it can still load what the bare event only has a claim of.
+    for event, whole in zip(bare, given, strict=True):
         try:
-            buckets[partition_for(event)].append(event)
+            buckets[partition_for(whole)].append(event)
         except UnicodeEncodeError as error:
             raise InvalidEventError(
                 f"the key of event {event.id!r} is no valid text ({error}); topic {topic.name!r} cannot route it",
@@ -75,17 +75,16 @@ def partitioner(topic: "TopicInfo | Topic") -> Callable[[Event], int]:
 
         def has_field(event: Event) -> int:
             # One partition: the key decides nothing, but must be there all the same.
-            data = event.data
-            if event.ext is None and type(data) is dict and type(data.get(key)) is str:
+            if event.ext is None and type(data := event.data) is dict and type(data.get(key)) is str:
                 return 0
             return partition_of(key_of(event, key, name), 1)
 
         return has_field
 
     def by_field(event: Event) -> int:
-        # The common case, a string under a top-level field, without another call.
-        data = event.data
-        if event.ext is None and type(data) is dict and type(value := data.get(key)) is str:
+        # The common case, a string under a top-level field, without another call. Of an event with extensions, data is
+        # not touched: it may be elsewhere, and its key at hand.
+        if event.ext is None and type(data := event.data) is dict and type(value := data.get(key)) is str:
             return crc32(value.encode()) % partitions
         return partition_of(key_of(event, key, name), partitions)
 

@@ -14,6 +14,7 @@ from djp_dagster.units import Duration, Size, is_count, parse_bytes, parse_secon
 if TYPE_CHECKING:
     from djp_dagster.claim_check.claims import Claim
 
+_data_as_stored: Any = Event.__dict__["data"].__get__
 _key_decoder = msgspec.json.Decoder(str | int).decode
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}")
 MAX_PARTITIONS = 4096
@@ -165,7 +166,8 @@ def key_of(event: Event, path: str | None, topic: str) -> str | int:
         return explicit
     if path is None:
         return event.id
-    if event.ext is not None and event.ext.get(KEY_PATH_ATTRIBUTE) == path:
+    # Only where the data is elsewhere: new data has a key of its own.
+    if event.ext is not None and event.ext.get(KEY_PATH_ATTRIBUTE) == path and _data_as_stored(event) is None:
         return _decode_key(str(event.ext.get(KEY_ATTRIBUTE)))
     value: Any = event.data
     try:

@@ -42,6 +42,20 @@ def s3(s3_server: SeaweedServer, s3_bucket: str, tmp_path: Path) -> Place:
     return s3_place(s3_server, f"s3://{s3_bucket}/pre", spool_folder=str(tmp_path / "spool"))
 
 
+@pytest.fixture(scope="session")
+def _proxy(s3_server: SeaweedServer) -> Iterator[FaultyS3]:
+    with FaultyS3(s3_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty_s3(_proxy: FaultyS3) -> Iterator[FaultyS3]:
+    """As everywhere, but on one port for all tests, and so with one client."""
+    _proxy.server.start()
+    yield _proxy
+    _proxy.clear()
+
+
 @pytest.fixture
 def faulty(faulty_s3: FaultyS3, s3_bucket: str, tmp_path: Path) -> Place:
     """The same, through a proxy that fails when told to."""

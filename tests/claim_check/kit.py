@@ -160,6 +160,7 @@ def start(code: str, place: Place, *arguments: object) -> subprocess.Popen[str]:
     """Run the code in a process of its own, with ``place`` and ``args`` defined."""
     head = (
         "import json, sys\n"
+        "from djp_dagster import Claim, DjpError\n"
         "from tests.claim_check.kit import *\n"
         "place = Place(sys.argv[1], json.loads(sys.argv[2]))\n"
         "args = sys.argv[3:]\n"
@@ -184,30 +185,39 @@ def finish(process: subprocess.Popen[str], *, timeout_s: float = 120.0) -> str:
     return out
 
 
-class RandomStream:
-    """Random bytes, to be read once and in order, that nobody ever holds as a whole."""
+class LongStream:
+    """Bytes that no two pieces of are the same, to be read once and in order, that nobody ever holds as a whole."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self._draw, self._left = random.Random(seed), size
+        self._block, self._number, self._left = random.Random(seed).randbytes(MIB - 8), 0, size
 
     def read(self, size: int = -1) -> bytes:
         size = min(self._left, MIB if size < 0 else size)
         self._left -= size
-        return self._draw.randbytes(size)
+        self._number += 1
+        return (self._number.to_bytes(8, "big") + self._block)[:size]
 
 
-@contextmanager
-def peak() -> Iterator[list[int]]:
-    """How much the resident memory of this process rises within the block, in bytes, as its last item."""
-    risen: list[int] = []
-    idle = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
-    yield risen
-    risen.append(_memory("VmHWM") - idle)
+class Memory:
+    """How much the resident memory of this process rises above what it is now."""
 
+    def __init__(self) -> None:
+        self._idle = self._told("VmRSS")
+        self.risen: dict[str, int] = {}
 
-def _memory(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(name)
+    @contextmanager
+    def peak(self, name: str) -> Iterator[None]:
+        """Note the highest rise within the block, in bytes."""
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+        yield
+        self.note(name)
+
+    def note(self, name: str) -> None:
+        """As at the end of the block, which was left by an exception."""
+        self.risen[name] = self._told("VmHWM") - self._idle
+
+    def _told(self, name: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError(name)

@@ -184,7 +184,17 @@ class TestWhatIsNoClaim:
         nested: Any = {}
         for _ in range(100_000):
             nested = {"v": 1, "uri": nested}
-        for document in (None, 7, "s3://b/k", [], [GOOD], {1: 2}, {**GOOD, 1: 2}, nested, {**GOOD, "sha256": "x" * 10**7}):
+        for document in (
+            None,
+            7,
+            "s3://b/k",
+            [],
+            [GOOD],
+            {1: 2},
+            {**GOOD, 1: 2},
+            nested,
+            {**GOOD, "sha256": "x" * 10**7},
+        ):
             with pytest.raises(InvalidClaimError) as caught:
                 Claim.from_dict(document)  # type: ignore[arg-type]
             assert len(str(caught.value)) < 500

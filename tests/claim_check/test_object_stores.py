@@ -215,7 +215,22 @@ class TestListAndDelete:
         for key in there:
             put(objects, key, key.encode())
         assert keys(objects) == sorted(there)
-        for prefix in ("a", "ab", "a-", "b", "b/", "b/a", "b/ab", "b/ab/", "b/ab/c", "b/ab/cc", "c/d/e/", "d", "d/e", "b/a/"):
+        for prefix in (
+            "a",
+            "ab",
+            "a-",
+            "b",
+            "b/",
+            "b/a",
+            "b/ab",
+            "b/ab/",
+            "b/ab/c",
+            "b/ab/cc",
+            "c/d/e/",
+            "d",
+            "d/e",
+            "b/a/",
+        ):
             assert keys(objects, prefix) == sorted(key for key in there if key.startswith(prefix)), prefix
         for found in objects.list():
             assert found == objects.info(found.key)
@@ -393,8 +408,9 @@ class TestAbandonedUploads:
 
     def test_parts_of_a_bucket(self, s3: Place) -> None:
         objects, client = s3.objects(), s3.server.client()
-        ours = ["pre/sha256/ab/x", "pre/expiring/2026-01-01/sha256/ab/x", "pre/attempts/1/x", "pre/in/sha256/ab/x"]
-        others = ["pre/x", "pre2/sha256/ab/x", "sha256/ab/x", "xpre/sha256/ab/x"]
+        content = f"sha256/ab/{'c' * 62}"
+        ours = [f"pre/{content}", f"pre/{content}.zst", f"pre/expiring/2026-01-01/{content}", "pre/attempts/1/x"]
+        others = ["pre/x", "pre/sha256/ab/x", f"pre/registry/{content}", f"pre2/{content}", content, f"xpre/{content}"]
         for key in (*ours, *others):
             upload = client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
             client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"x")
@@ -431,7 +447,11 @@ class TestPresign:
         with urllib.request.urlopen(url, timeout=30) as answer:
             assert answer.read() == data
         short = objects.presign("a/k", expires_s=1)
-        forged = url.replace("a/k", "a/other"), url.replace("X-Amz-Expires=60", "X-Amz-Expires=600"), url.partition("?")[0]
+        forged = (
+            url.replace("a/k", "a/other"),
+            url.replace("X-Amz-Expires=60", "X-Amz-Expires=600"),
+            url.partition("?")[0],
+        )
         for one in forged:
             assert one != url
             assert status(one) == 403
@@ -465,7 +485,26 @@ class TestKeys:
     """No key reaches beyond the store, in any method."""
 
     @pytest.mark.parametrize(
-        "key", ["", "/", "/k", "k/", "a//b", "..", ".", "../k", "a/../b", "a/..", ".k", "a/.k", "a\\b", "a b", "a\n", "ü", "a%2eb"]
+        "key",
+        [
+            "",
+            "/",
+            "/k",
+            "k/",
+            "a//b",
+            "..",
+            ".",
+            "../k",
+            "a/../b",
+            "a/..",
+            ".k",
+            "a/.k",
+            "a\\b",
+            "a b",
+            "a\n",
+            "ü",
+            "a%2eb",
+        ],
     )
     def test_others_are_refused(self, objects: ObjectStore, key: str) -> None:
         uses: list[Callable[[], object]] = [

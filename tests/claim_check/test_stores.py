@@ -13,8 +13,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,18 @@ class TestSources:
                 assert writing.file.tell() == len(data)
             stored = writing.stored
         elif kind in ("file", "pipe", "BytesIO"):
-            with {"file": lambda: path.open("rb"), "pipe": lambda: piped(data), "BytesIO": lambda: io.BytesIO(data)}[kind]() as file:
+            with {"file": lambda: path.open("rb"), "pipe": lambda: piped(data), "BytesIO": lambda: io.BytesIO(data)}[
+                kind
+            ]() as file:
                 stored = store.put(file, media_type="a/b")
                 assert not file.closed
         else:
-            source: Any = {"bytes": data, "bytearray": bytearray(data), "memoryview": memoryview(data), "path": path}[kind]
+            source: Any = {"bytes": data, "bytearray": bytearray(data), "memoryview": memoryview(data), "path": path}[
+                kind
+            ]
             stored = store.put(source, media_type="a/b")
         digest = hashlib.sha256(data).hexdigest()
-        assert stored.claim == Claim(
-            uri=f"{store.uri}/{key_of(data)}", size=len(data), sha256=digest, media_type="a/b"
-        )
+        assert stored.claim == Claim(uri=f"{store.uri}/{key_of(data)}", size=len(data), sha256=digest, media_type="a/b")
         assert stored.ref == store.resolve(stored.claim) == PayloadRef(key_of(data), len(data), digest, "a/b")
         assert (stored.deduplicated, stored.stored_bytes) == (False, len(data))
         assert 0 < stored.seconds < 60
@@ -198,9 +200,8 @@ class TestWriter:
             text.write("a,b\n")
             text.detach()
         assert store.read(writing.stored.claim) == b"a,b\n"
-        with store.writer() as writing:
-            with gzip.open(writing.file, "wb") as zipped:
-                zipped.write(b"abc")
+        with store.writer() as writing, gzip.open(writing.file, "wb") as zipped:
+            zipped.write(b"abc")
         assert gzip.decompress(store.read(writing.stored.claim)) == b"abc"
 
     def test_not_after_the_block(self, store: PayloadStore) -> None:

@@ -6,8 +6,19 @@ from pathlib import Path
 import pytest
 
 import djp_dagster as djp
-from definitions import fraud, fraud_alerts, order_files, orders, recommend, suggestions
+from definitions import (
+    describe_media,
+    fraud,
+    fraud_alerts,
+    order_files,
+    orders,
+    product_media,
+    product_uploads,
+    recommend,
+    suggestions,
+)
 from demo.books import CONSUMERS, Books
+from demo.media import medium
 from demo.show import Show
 from demo.traffic import Publisher, Settings, Traffic
 
@@ -120,3 +131,35 @@ def test_the_summary_is_one_line_without_a_terminal(
     (line,) = capsys.readouterr().out.splitlines()
     assert "published 400 " in line
     assert "recommend: 0 handled" in line
+
+
+def test_uploads_balance(stream: djp.EventStream, tmp_path: Path) -> None:
+    books = Books(stream)
+    publish(stream, 36)
+    handle(stream, tmp_path)
+    assert books.check() == []
+    account = books.accounts()["describe_media"]
+    assert account.handled + account.dead_letters == 3
+    uploads = [record for part in range(2) for record in stream.records(product_uploads, part)]
+    assert all(upload.claim is not None and upload.claim.size > 64 << 10 for upload in uploads)
+    assert sum(span.end for span in stream.log.spans(["product_media"]).values()) == account.handled
+
+
+def test_an_upload_that_is_no_medium_is_a_dead_letter_and_a_lost_payload_is_named(
+    stream: djp.EventStream, tmp_path: Path
+) -> None:
+    books = Books(stream)
+    content = medium(0, 1).content
+    for number, data in enumerate((content, b"no image" * 20_000)):
+        upload = djp.Event(type="product_uploads", source="/s", id=str(number), subject="p1", data=data)
+        stream.publish(product_uploads, [upload.replace(ext={"partitionkey": "p1"})])
+    handle(stream, tmp_path, describe_media)
+    (letter,) = stream.dead_letters("describe_media")
+    assert "neither a PNG image nor an MP4 video" in letter.error
+    handle(stream, tmp_path)
+    assert books.check() == []
+    (found,) = (record for part in range(2) for record in stream.records(product_media, part))
+    claim = djp.Claim.from_dict(found.data["claim"])
+    assert stream.payloads.read(claim) == content
+    stream.payloads.objects.delete([stream.payloads.resolve(claim).key])
+    assert any("payload that is lost or damaged" in problem for problem in books.check())

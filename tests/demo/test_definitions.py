@@ -8,8 +8,20 @@ import dagster as dg
 import pandas as pd
 
 import djp_dagster as djp
-from definitions import clicks, defs, fraud, fraud_alerts, order_files, orders, recommend
+from definitions import (
+    cheapest_hours,
+    clicks,
+    defs,
+    describe_media,
+    fraud,
+    fraud_alerts,
+    order_files,
+    orders,
+    price_history,
+    recommend,
+)
 from demo.home import REPOSITORY
+from demo.media import IMAGES, MP4, PNG, medium
 from djp_dagster.testing import run_consumer
 
 
@@ -125,3 +137,32 @@ def test_revenue_adds_up_each_file_once(tmp_path: Path) -> None:
             amounts.append(done.output_for_node("revenue"))
         stream.close()
     assert amounts == [12.5, 0.0, 7.0]
+
+
+def test_media_are_described_and_what_is_none_is_a_dead_letter() -> None:
+    image, video = medium(0, 1), medium(IMAGES, 1)
+    uploads = [
+        djp.Event(type="product_uploads", source="/s", subject="p1", data=data, datacontenttype=kind)
+        for kind, data in ((PNG, image.content), (MP4, video.content), (PNG, b"a tax return" * 9_000))
+    ]
+    done = run_consumer(describe_media, uploads)
+    by_type = {record.data["media_type"]: record.data for record in done.emitted["product_media"]}
+    assert by_type[PNG]["width"] > 600
+    assert by_type[MP4]["seconds"] >= 5
+    assert by_type[MP4]["claim"]["size"] == len(video.content)
+    assert len(done.dead_letters) == 1
+
+
+def test_the_cheapest_hours_follow_from_the_prices_and_stay_fresh(tmp_path: Path) -> None:
+    manager = djp.ClaimCheckIOManager(store=djp.LocalPayloadStore(folder=str(tmp_path)))
+    with dg.DagsterInstance.ephemeral() as instance:
+        versions = []
+        for _ in range(2):
+            done = dg.materialize([price_history, cheapest_hours], instance=instance, resources={"io_manager": manager})
+            made = {event.asset_key.to_user_string(): event for event in done.get_asset_materialization_events()}
+            versions.append(made["price_history"].materialization.tags["dagster/data_version"])
+        assert made["price_history"].materialization.metadata["dagster/row_count"].value == 1_752_000
+        assert made["price_history"].materialization.metadata["djp/inline"].value is False
+        assert made["cheapest_hours"].materialization.metadata["djp/inline"].value is True
+    assert versions[0] == versions[1]
+    assert set(done.output_for_node("cheapest_hours").columns) == {"product_id", "hour"}

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 import djp_dagster as djp
-from definitions import clicks, orders, user_updates
+from definitions import clicks, product_uploads
 from demo import traffic as traffic_module
-from demo.traffic import TOPICS, Publisher, Settings, Traffic, as_options, main, run
+from demo.traffic import SMALL, TOPICS, Publisher, Settings, Traffic, as_options, main, run
 from tests.crash.conftest import wait_for
 
 CHUNKS = range(1, 401)
@@ -24,6 +24,7 @@ def contents(traffic: Traffic, chunks: range = CHUNKS) -> list[tuple[str, str, o
         (topic.name, event.id, event.data)
         for number in chunks
         for topic, events in traffic.chunk(number).items()
+        if topic in SMALL
         for event in events
     ]
 
@@ -50,7 +51,8 @@ def test_chunks_are_as_large_as_the_rate_asks_for() -> None:
     for rate in (0.5, 3, 40, 250, 4_000):
         settings = Settings(rate=rate, duplicates=0.2)
         assert settings.chunk_events / settings.chunk_seconds == pytest.approx(rate)
-        sizes = {sum(map(len, Traffic(settings).chunk(number).values())) for number in range(1, 20)}
+        chunks = [Traffic(settings).chunk(number) for number in range(1, 20)]
+        sizes = {sum(len(events) for topic, events in chunk.items() if topic in SMALL) for chunk in chunks}
         assert sizes == {settings.chunk_events}
 
 
@@ -90,7 +92,7 @@ def test_skew_makes_few_users_do_much() -> None:
 def events_in(stream: djp.EventStream) -> list[tuple[str, str, object]]:
     return sorted(
         (topic.name, record.id, str(record.data))
-        for topic in TOPICS
+        for topic in SMALL
         for partition in range(topic.partitions)
         for record in stream.records(topic, partition)
     )
@@ -134,7 +136,8 @@ def test_it_runs_at_the_rate_until_it_is_stopped(tmp_path: Path) -> None:
             took_s = time.monotonic() - began
             stop.set()
             thread.join(30)
-        assert published == [len(events_in(stream))]
+        uploads = sum(span.end for span in stream.log.spans([product_uploads.name]).values())
+        assert published == [len(events_in(stream)) + uploads]
         assert took_s > 1.0  # it does not publish as fast as it can
 
 
@@ -157,4 +160,12 @@ def test_malformed_events_can_be_published(tmp_path: Path) -> None:
     with djp.open_stream(tmp_path / "stream.db") as stream:
         publisher = Publisher(stream, Traffic(Settings(rate=400, poison=1)))
         assert publisher.publish_next() == 100
-        assert {topic.name for topic in (clicks, orders, user_updates)} == {info.name for info in stream.topics()}
+        assert {topic.name for topic in TOPICS} == {info.name for info in stream.topics()}
+
+
+def test_uploads_come_now_and_then_and_are_heavy(seed: random.Random) -> None:
+    traffic = Traffic(Settings(rate=8, seed=seed.randrange(1000)))
+    uploads = [upload for number in range(1, 61) for upload in traffic.chunk(number)[product_uploads]]
+    assert len(uploads) == 5
+    assert all(len(upload.data) > 100_000 and upload.subject == upload.ext["partitionkey"] for upload in uploads)
+    assert uploads == [upload for number in range(1, 61) for upload in traffic.chunk(number)[product_uploads]]
