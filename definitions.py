@@ -159,6 +159,7 @@ defs = dg.Definitions(
         djp.build_publish_job(orders, clicks, user_updates),
         djp.build_redrive_job(*shop),
         djp.build_seek_job(*shop),
+        djp.build_claim_gc_job(),  # a dry run unless told: payloads that nothing refers to any more
     ],
     sensors=[
         recommend_workers,

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from djp_dagster.orchestration.operator_jobs import build_publish_job, build_redrive_job, build_seek_job, publish_op
     from djp_dagster.patterns.batching import build_batch_schedule, build_batch_sensor
     from djp_dagster.patterns.claim_check import ClaimCheckIOManager
+    from djp_dagster.patterns.claim_gc import (
+        build_claim_gc_asset,
+        build_claim_gc_job,
+        build_claim_gc_schedule,
+        claim_gc_op,
+    )
     from djp_dagster.patterns.streaming import (
         build_stream_asset,
         build_stream_sensor,
@@ -72,6 +78,9 @@ _HOMES = {
     "build_batch_schedule": "patterns.batching",
     "build_batch_sensor": "patterns.batching",
     "build_check_sensor": "orchestration.checks",
+    "build_claim_gc_asset": "patterns.claim_gc",
+    "build_claim_gc_job": "patterns.claim_gc",
+    "build_claim_gc_schedule": "patterns.claim_gc",
     "build_defs": "orchestration.build",
     "build_publish_job": "orchestration.operator_jobs",
     "build_redrive_job": "orchestration.operator_jobs",
@@ -81,6 +90,7 @@ _HOMES = {
     "build_stream_sensor": "patterns.streaming",
     "build_topic_assets": "patterns.streaming",
     "build_worker_sensor": "patterns.streaming",
+    "claim_gc_op": "patterns.claim_gc",
     "consumer": "processing.consumer",
     "errors": "",
     "open_payload_store": "claim_check.location",
@@ -122,6 +132,9 @@ __all__ = [
     "build_batch_schedule",
     "build_batch_sensor",
     "build_check_sensor",
+    "build_claim_gc_asset",
+    "build_claim_gc_job",
+    "build_claim_gc_schedule",
     "build_defs",
     "build_publish_job",
     "build_redrive_job",
@@ -131,6 +144,7 @@ __all__ = [
     "build_stream_sensor",
     "build_topic_assets",
     "build_worker_sensor",
+    "claim_gc_op",
     "consumer",
     "open_payload_store",
     "open_stream",

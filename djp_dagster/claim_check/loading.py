@@ -174,6 +174,7 @@ class Held(msgspec.Struct, frozen=True):
         """The claim; of what was inline, a new one, which nothing refers to yet."""
         if isinstance(self.payload, Inline):
             return self.store.put(self.payload.content, media_type=self.payload.media_type).claim
+        self.store.resolve(self.payload)  # one that leads elsewhere is not handed on
         return self.payload
 
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,6 +26,10 @@ from djp_dagster.claim_check.serializers.kinds import Kind
 from djp_dagster.claim_check.stores import PayloadStore
 from djp_dagster.claim_check.values import MAX_INLINE_BYTES, Inline
 from djp_dagster.errors import InvalidClaimError, PayloadCorruptError, PayloadMissingError
+from djp_dagster.units import Duration
+
+if TYPE_CHECKING:
+    from djp_dagster.claim_check.collection import CollectionReport
 
 ASSETS = "assets"
 """Below this of the payload store lies what the IO manager keeps: a store of its own, with one room."""
@@ -212,3 +217,17 @@ def _may_go(key: str, body: bytes) -> bool:
         return decode_pointer(body, key).has_expired
     except PayloadCorruptError:
         return False
+
+
+def collect_values(store: PayloadStore, *, grace: Duration = "1d", dry_run: bool = True) -> "CollectionReport":
+    """Collect the garbage among the values of a payload store; see `djp_dagster.claim_check.collection.collect`.
+
+    Args:
+        store: as the IO manager was given it.
+        grace: how long what is stored may be referred to by nothing.
+        dry_run: change nothing, only report.
+    """
+    from djp_dagster.claim_check.collection import collect
+
+    values = values_of(store)
+    return collect(values, [PointerRoom(values, remove_expired=not dry_run)], grace=grace, dry_run=dry_run)

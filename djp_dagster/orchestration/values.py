@@ -1,12 +1,12 @@
 """Which values a Dagster step stores and loads: of which partitions, in which form; and what is shown of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import dagster as dg
 
 from djp_dagster.claim_check.claims import Claim
-from djp_dagster.claim_check.serializers.kinds import name_of
+from djp_dagster.claim_check.serializers.kinds import name_of, without_none
 from djp_dagster.claim_check.values import Inline, Kept
 from djp_dagster.errors import InvalidSettingError
 
@@ -76,11 +76,26 @@ def step_of(context: dg.InputContext | dg.OutputContext) -> dg.StepExecutionCont
 
 
 def annotation_of(context: dg.InputContext | dg.OutputContext) -> Any:
-    """What the input or output is annotated with; Any if with nothing."""
+    """What the value is annotated with, that of one output if an input collects several; Any if with nothing."""
     try:
-        return context.dagster_type.typing_type
+        annotation = context.dagster_type.typing_type
     except dg.DagsterInvariantViolationError:
         return Any
+    if isinstance(context, dg.InputContext) and _collects(context):
+        inner = get_args(without_none(annotation)[0])
+        return inner[0] if inner else Any
+    return annotation
+
+
+def _collects(context: dg.InputContext) -> bool:
+    """Whether the input is a list of outputs, of which this is one: Dagster tells the type of the list."""
+    if not _is_in_step(context) or not context.has_input_name:
+        return False
+    step = context.step_context.step
+    if not step.has_step_input(context.name):
+        return False  # a person asks a finished run for an output
+    source = step.step_input_named(context.name).source
+    return hasattr(source, "sources") and not hasattr(source, "source_to_load_from")
 
 
 # Storing

@@ -226,10 +226,13 @@ class ClaimCheckIOManager(dg.ConfigurableIOManager):
         told = told_by_partition(context)
         if told is not None or item is None:
             return bool(told)
-        if form_of(item).name not in ("json", "as_stored") or not reads_in_a_partition(context):
+        if not reads_in_a_partition(context):
             return True
         plain = Form("as_stored")
-        return not all(isinstance(self._value(one, plain, "", _files), dict) for one in pointers.values())
+        return not any(
+            one.kind in ("json", "pickle") and isinstance(self._value(one, plain, "", _files), dict)
+            for one in pointers.values()
+        )
 
     def _files(self, context: dg.InputContext) -> LoadedFiles:
         return self._loaded if step_of(context) is not None else _files

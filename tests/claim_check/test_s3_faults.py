@@ -168,7 +168,7 @@ class TestUploads:
         faulty_s3.on(Refuse(200, code), kind="CompleteMultipartUpload")
         all_right(store, seed.randbytes(LARGE))
 
-    @pytest.mark.parametrize("part", [1, 2, 4])
+    @pytest.mark.parametrize("part", [1, 2, 3])
     def test_a_lost_part(self, store: PayloadStore, faulty_s3: FaultyS3, seed: random.Random, part: int) -> None:
         data = seed.randbytes(LARGE)
         faulty_s3.on(DropWrite(), kind="UploadPart", query=f"partNumber={part}")
@@ -277,23 +277,22 @@ class TestDownloads:
         faulty_s3.clear()
         assert store.verify(claim) == size
 
-    def test_in_the_middle(self, store: PayloadStore, faulty_s3: FaultyS3, seed: random.Random, tmp_path: Path) -> None:
-        data = seed.randbytes(LARGE)
+    def test_in_the_middle(self, faulty: Place, faulty_s3: FaultyS3, seed: random.Random, tmp_path: Path) -> None:
+        store, data = faulty.open(threads=1, part_bytes=PART), seed.randbytes(4 * PART)
         claim = store.put(data).claim
         with store.open(claim) as file:
             assert file.read(100) == data[:100]
             faulty_s3.on(CutResponse(300_000), kind="GetObject", times=None)
             for _ in range(2):  # who tries again must not get something else
                 with pytest.raises(PayloadStoreUnavailableError):
-                    while file.read(8 * MIB):
-                        pass
+                    file.read()
         for use in (lambda: store.download(claim, tmp_path / "out"), lambda: store.fetch(claim).__enter__()):
             with pytest.raises(PayloadStoreUnavailableError):
                 use()
         assert not (tmp_path / "out").exists()
 
-    def test_compressed_ones(self, store: PayloadStore, faulty_s3: FaultyS3, seed: random.Random) -> None:
-        data = seed.randbytes(12 * MIB).hex().encode()
+    def test_compressed_ones(self, faulty: Place, faulty_s3: FaultyS3, seed: random.Random) -> None:
+        store, data = faulty.open(threads=1, part_bytes=PART), seed.randbytes(16 * MIB).hex().encode()
         claim = store.put(data, media_type="text/plain").claim
         assert claim.encoding == "zstd"
         faulty_s3.on(CutResponse(300_000), kind="GetObject", times=ATTEMPTS - 1)
@@ -302,8 +301,7 @@ class TestDownloads:
             assert file.read(100) == data[:100]
             faulty_s3.on(CutResponse(300_000), kind="GetObject", times=None)
             with pytest.raises(PayloadStoreUnavailableError):
-                while file.read(8 * MIB):
-                    pass
+                file.read()
 
     def test_slow_ones(self, faulty: Place, faulty_s3: FaultyS3, seed: random.Random) -> None:
         store, data = faulty.open(read_timeout_s=1.0), seed.randbytes(9 * MIB)
@@ -313,7 +311,7 @@ class TestDownloads:
 
     def test_a_server_that_falls_silent(self, faulty: Place, faulty_s3: FaultyS3, seed: random.Random) -> None:
         claim = faulty.open().put(seed.randbytes(LARGE)).claim
-        store = faulty.open(read_timeout_s=1.0, max_attempts=2)
+        store = faulty.open(read_timeout_s=0.6, max_attempts=2)
         for after in (0, 300_000):
             faulty_s3.on(HoldResponse(after), kind="GetObject")
             assert store.verify(claim) == LARGE
@@ -323,20 +321,20 @@ class TestDownloads:
             with pytest.raises(PayloadStoreUnavailableError):
                 store.read(claim)
             # Each attempt is one wait, and no attempt is repeated by two parties.
-            assert 1.9 < time.monotonic() - started < 6
+            assert 1.1 < time.monotonic() - started < 4
             faulty_s3.clear()
         faulty_s3.on(HoldRequest(), kind="GetObject", times=None)
         started = time.monotonic()
         with pytest.raises(PayloadStoreUnavailableError):
             store.read(claim)
-        assert 1.9 < time.monotonic() - started < 6
+        assert 1.1 < time.monotonic() - started < 4
 
 
 def patient(faulty: Place, monkeypatch: pytest.MonkeyPatch) -> PayloadStore:
     """A store that waits for the server to be there again."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.3)
     monkeypatch.setattr("djp_dagster.claim_check.s3_download._PAUSE_S", 0.1)
-    return faulty.open(max_attempts=30, part_bytes=PART)
+    return faulty.open(max_attempts=30, part_bytes=PART, read_timeout_s=2.0)
 
 
 class TestKilledServer:
@@ -392,7 +390,7 @@ class TestKilledServer:
     ) -> None:
         data = seed.randbytes(LARGE)
         claim = store.put(data).claim
-        store = patient(faulty, monkeypatch) if comes_back else store
+        store = patient(faulty, monkeypatch) if comes_back else faulty.open(part_bytes=PART, read_timeout_s=2.0)
         held = faulty_s3.on(HoldResponse(MIB), kind="GetObject", times=None)
         got = background(store.read, claim)
         assert held.reached.wait(30)
