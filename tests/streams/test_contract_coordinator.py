@@ -384,7 +384,7 @@ def test_a_clock_set_back_does_not_prolong_a_dead_holders_lease(timed: EventStre
         try:
             ask[how]()
         except LeaseBusyError as busy:
-            assert busy.facts["left_s"] <= TTL  # noqa: PT017
+            assert busy.facts["left_s"] <= TTL
         else:
             break
         assert clock() <= given + 3 * TTL, "the lease should have run out one time to live after each first question"
