@@ -439,7 +439,7 @@ def attempt(expected, use, **claim):
 download = lambda claim: store.download(claim, out)
 for use in (store.read, store.verify, download):
     attempt("PayloadCorruptError", use, size=10)
-    attempt("PayloadCorruptError", use, size=10 * MIB, sha256="0" * 64)
+    attempt("PayloadCorruptError", use, size=7 * MIB, sha256="0" * 64)
     attempt("PayloadCorruptError", use, size=10, uri=f"{store.uri}/attempts/large", encoding=None)
     attempt("PayloadCorruptError", use, uri=f"{store.uri}/attempts/window")
 attempt("PayloadTooLargeError", store.read, size=GIB, sha256="0" * 64)

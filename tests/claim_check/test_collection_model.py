@@ -47,8 +47,13 @@ class MemoryRoom:
 class Collections(RuleBasedStateMachine):
     """Writers make a claim visible within ``bound_s`` of beginning to store its payload, or never."""
 
-    @initialize(prompt=st.booleans(), earlier=st.integers(0, 3))
-    def begin(self, prompt: bool, earlier: int) -> None:
+    @initialize(
+        prompt=st.booleans(),
+        earlier=st.sampled_from([0, 1, 2, 2, 2, 3]),
+        under_way=st.lists(st.sampled_from(["ask", "write", "delete"]), max_size=2),
+    )
+    def begin(self, prompt: bool, earlier: int, under_way: list[str]) -> None:
+        """Some garbage, as far as ``earlier`` collections have come with it; others are ``under_way``."""
         self.failed = False
         self.exits = contextlib.ExitStack()
         folder = Path(self.exits.enter_context(tempfile.TemporaryDirectory(prefix="djp-model-", dir=_quick_folder())))
@@ -71,6 +76,8 @@ class Collections(RuleBasedStateMachine):
             self.clock.now_s += GRACE_S + 121
             collect(PayloadStore(self.objects), [MemoryRoom(self.objects, [])], grace=GRACE_S, dry_run=False)
         self.clock.now_s += GRACE_S + 121
+        for to in under_way:
+            self.collect(to, loses=False)
 
     # Writers and readers
 
@@ -207,7 +214,7 @@ def _go_on(actor: Actor, to: str, loses: bool) -> None:
 TestCollections = Collections.TestCase
 TestCollections.settings = settings(
     max_examples=EXAMPLES,
-    stateful_step_count=40,
+    stateful_step_count=25,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate] + [Phase.shrink] * SHRINK,
