@@ -21,6 +21,7 @@ from djp_dagster.processing.crash_points import CRASH_POINTS, CrashPoint, set_ho
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.run import run_pending
 from djp_dagster.state.store import TaskStore
+from djp_dagster.streams.claimed import ClaimedRecord
 from djp_dagster.streams.model import DeadLetter
 from djp_dagster.streams.records import Record, TopicPartition, decode_value
 from djp_dagster.streams.stream import EventStream, open_stream
@@ -122,7 +123,10 @@ def run_consumer(
 
 def _all_records(stream: EventStream, topic: Topic) -> Iterator[Record]:
     for partition in range(topic.partitions):
-        yield from stream.records(topic, partition)
+        for record in stream.records(topic, partition):
+            if isinstance(record, ClaimedRecord):
+                record.keep()  # the payload store goes with the stream
+            yield record
 
 
 def _state_of(stream: EventStream, consumer: Consumer, tasks: int, folder: Path) -> dict[Any, Any]:

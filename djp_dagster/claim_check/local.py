@@ -123,9 +123,9 @@ class LocalObjects:
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise
-                if not self.folder.is_dir():
+                if self._is_away():
                     raise PayloadStoreUnavailableError(
-                        f"folder {str(self.folder)!r} of the payload store is not there: mount it, or restore it",
+                        f"folder {str(self._root)!r} of the payload store is not there, or empty: mount or restore it",
                         key=key,
                     ) from error
                 raise PayloadMissingError(
@@ -141,6 +141,10 @@ class LocalObjects:
                 key=key,
             )
         return file
+
+    def _is_away(self) -> bool:
+        """Whether nothing at all is where the store lies: not mounted, maybe; so nothing is known to be missing."""
+        return not self._root.is_dir() or all(found.name.startswith(".") for found in self._root.iterdir())
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""

@@ -114,6 +114,7 @@ def _digest(content: bytes) -> str:
 
 def write_pointer(store: PayloadStore, key: str, pointer: Pointer) -> None:
     """Make the pointer the current one, in one step."""
+    store.announce()  # also where all values are inline: they may hold claims, and outputs of ops expire
     store.objects.replace_document(key, _encode(pointer))
 
 

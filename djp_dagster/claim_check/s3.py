@@ -41,15 +41,15 @@ class S3Client:
 
     def __init__(self, settings: S3Settings) -> None:
         self.settings = settings
-        self._made: Any = None
+        self._made: dict[str | None, Any] = {}
         self._lock = threading.Lock()
 
-    def get(self) -> Any:
-        """The client; boto3's are safe to share between threads."""
+    def get(self, *, signature: str | None = None) -> Any:
+        """The client, or one that signs in another way; boto3's are safe to share between threads."""
         with self._lock:
-            if self._made is None:
-                self._made = self.settings.client()
-            return self._made
+            if signature not in self._made:
+                self._made[signature] = self.settings.client(signature=signature)
+            return self._made[signature]
 
 
 class S3Objects:
@@ -246,9 +246,9 @@ class S3Objects:
                 value=expires_s,
             )
         # boto3 would sign in a way that newer regions, and objects encrypted by the key management, do not take.
-        client = self._client.settings.client(signature="s3v4")
+        at, client = self._at(key), self._client.get(signature="s3v4")
         with typed(self.uri, f"sign a URL of {key!r}"):
-            url: str = client.generate_presigned_url("get_object", Params=self._at(key), ExpiresIn=expires_s)
+            url: str = client.generate_presigned_url("get_object", Params=at, ExpiresIn=expires_s)
         return url
 
     def now(self) -> float:

@@ -41,6 +41,7 @@ from djp_dagster.errors import (
     PayloadExpiredError,
     PayloadForbiddenError,
     PayloadMissingError,
+    PayloadStoreUnavailableError,
     PayloadTooLargeError,
 )
 from djp_dagster.units import Duration, Size, parse_bytes, parse_seconds
@@ -214,11 +215,14 @@ class PayloadStore:
         if not (created and clear and self._condemned.is_clear(key, ask=False)):
             if not created:
                 self._repair(ref, content)
-            if not self._condemned.save(key):
-                key = another_key(key)
+            saved = self._condemned.save(key)
+            if not saved or self.objects.info(key) is None:
+                key = key if saved else another_key(key)
                 created = self._create(key, content, media_type)
-            elif self.objects.info(key) is None:
-                created = self._create(key, content, media_type)
+                if not created:
+                    raise PayloadStoreUnavailableError(
+                        f"{self.uri} says that {key!r} is not there, and that it is; try again", key=key
+                    )
         ref = msgspec.structs.replace(ref, key=key)
         claim = self.claim(ref, expires=expires)
         return Stored(claim, ref, not created, content.size, time.monotonic() - started)

@@ -12,6 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pytest
+
+from djp_dagster import Claim, PayloadStore
+from djp_dagster.claim_check import condemned
+from djp_dagster.claim_check.collection import MIN_GRACE_S, CollectionReport, collect
+from djp_dagster.claim_check.condemned import Condemned, Sentences
 from djp_dagster.claim_check.conditional import RACE
 from djp_dagster.claim_check.local import LocalObjects
 from djp_dagster.claim_check.objects import Content, Document, ObjectInfo
@@ -101,13 +107,21 @@ class Actor:
         self._go.release()
         self.wait()
 
-    def finish(self) -> None:
+    def until(self, operation: str) -> Actor:
+        """Go on to the next operation of that kind, and stand before it."""
+        while not (self.at or "").startswith(operation):
+            assert self.at is not None, f"it has ended, and came to no {operation}: {self.error!r}"
+            self.step()
+        return self
+
+    def finish(self) -> Any:
         """Do everything."""
         while self.at is not None:
             self.step()
         self._thread.join(_PATIENCE_S)
         if self.error is not None:
             raise self.error
+        return self.result
 
     def kill(self, *, after: bool = False) -> None:
         """Die before the operation, or just after it."""
@@ -201,3 +215,79 @@ class SteppedObjects:
         if actor is not None:
             actor.asked_at = self.clock.now_s
         return self.clock.now_s
+
+
+class MemoryRoom:
+    """Who keeps claims, in a list; asking it is a step."""
+
+    name = "memory"
+
+    def __init__(self, objects: SteppedObjects, held: Sequence[Claim]) -> None:
+        self.objects, self.held = objects, held
+
+    def references(self) -> Iterator[bytes]:
+        self.objects._actor("ask")
+        yield from [claim.to_json() for claim in self.held]
+
+
+class World:
+    """A folder of payloads, the claims that are visible, and time.
+
+    Attributes:
+        grace_s: of every collection.
+        visible: claims that anybody may see.
+    """
+
+    grace_s = MIN_GRACE_S
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.clock = Time()
+        patch.setattr(condemned, "time", self.clock)
+        self.objects = SteppedObjects(folder, self.clock)
+        self.visible: list[Claim] = []
+        self.process().announce()
+
+    def process(self) -> PayloadStore:
+        """The store as another process has it, which knows nothing of the list yet."""
+        return PayloadStore(self.objects, room="memory")
+
+    def put(self, content: bytes, store: PayloadStore | None = None) -> Claim:
+        return (store or self.process()).put(content).claim
+
+    def putting(self, content: bytes, store: PayloadStore | None = None) -> Actor:
+        known = store or self.process()
+        return self._begun(lambda: known.put(content).claim)
+
+    def collecting(self) -> Actor:
+        return self._begun(self.collect)
+
+    @staticmethod
+    def _begun(work: Callable[[], Any]) -> Actor:
+        actor = Actor(work)
+        actor.wait()
+        return actor
+
+    def collect(self) -> CollectionReport:
+        room = MemoryRoom(self.objects, self.visible)
+        return collect(PayloadStore(self.objects), [room], grace=self.grace_s, dry_run=False)
+
+    def wait(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+
+    def garbage(self, content: bytes, *, collections: int) -> str:
+        """The key of a payload nobody refers to, with which so many collections have come further, and one more may."""
+        claim = self.put(content)
+        for _ in range(collections):
+            self.wait(self.grace_s + 121)
+            self.collect()
+        self.wait(self.grace_s + 121)
+        return self.key_of(claim)
+
+    def key_of(self, claim: Claim) -> str:
+        return claim.uri.removeprefix(f"{self.objects.uri}/")
+
+    def is_there(self, claim: Claim) -> bool:
+        return self.objects.inner.info(self.key_of(claim)) is not None
+
+    def listed(self) -> Sentences:
+        return Condemned(self.objects).read()

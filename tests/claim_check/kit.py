@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,33 @@ def content(data: bytes) -> Spool:
     spool = Spool()
     spool.write(data)
     return spool
+
+
+def key_of(data: bytes) -> str:
+    digest = hashlib.sha256(data).hexdigest()
+    return f"sha256/{digest[:2]}/{digest[2:]}"
+
+
+def text_of(seed: random.Random, lines: int) -> bytes:
+    return b"".join(b"%d;%d;a line of text\n" % (n, seed.randrange(1000)) for n in range(lines))
+
+
+def piped(data: bytes) -> io.BufferedReader:
+    """A file that can be read once and in order, and has no size."""
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with suppress(BrokenPipeError), os.fdopen(writing, "wb") as file:
+            file.write(data)
+
+    threading.Thread(target=write, daemon=True).start()
+    return os.fdopen(reading, "rb")
+
+
+def left_behind(store: PayloadStore, tmp_path: Path) -> list[str]:
+    """Temporary files and unfinished uploads."""
+    files = [str(path) for path in tmp_path.rglob(".*") if path.is_file() and path.name != ".lock"]
+    return files + ["upload"] * store.objects.abandoned_uploads(-10, remove=False)
 
 
 def keys(objects: ObjectStore | PayloadStore, prefix: str = "") -> list[str]:

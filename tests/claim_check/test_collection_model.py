@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from djp_dagster import Claim, PayloadStore
-from djp_dagster.claim_check import collection, condemned
-from djp_dagster.claim_check.collection import MIN_GRACE_S, collect
-from djp_dagster.claim_check.condemned import Condemned
-from tests.claim_check.interleaving import Actor, SteppedObjects, Time
+from djp_dagster import Claim
+from djp_dagster.claim_check import collection
+from djp_dagster.claim_check.collection import MIN_GRACE_S
+from tests.claim_check.interleaving import Actor, World
 from tests.claim_check.kit import keys
 
 GRACE_S = MIN_GRACE_S
@@ -29,19 +27,6 @@ SHRINK = "DJP_SHRINK" in os.environ  # it takes minutes
 EXAMPLES = int(os.environ.get("DJP_MODEL_EXAMPLES", "60"))
 STALLED_S = 300.0
 """A request for deletion is on its way for no longer."""
-
-
-class MemoryRoom:
-    """Who keeps claims, in a list; asking it is a step."""
-
-    name = "memory"
-
-    def __init__(self, objects: SteppedObjects, held: list[tuple[Claim, float]]) -> None:
-        self.objects, self.held = objects, held
-
-    def references(self) -> Iterator[bytes]:
-        self.objects._actor("ask")
-        yield from [claim.to_json() for claim, _ in self.held]
 
 
 class Collections(RuleBasedStateMachine):
@@ -57,16 +42,13 @@ class Collections(RuleBasedStateMachine):
         self.failed = False
         self.exits = contextlib.ExitStack()
         folder = Path(self.exits.enter_context(tempfile.TemporaryDirectory(prefix="djp-model-", dir=_quick_folder())))
-        self.clock = Time()
         patch = self.exits.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(condemned, "time", self.clock)
         patch.setattr(collection, "require_atomic", lambda _objects: None)  # it is, and to ask takes longest
-        self.objects = SteppedObjects(folder, self.clock)
-        self.stores = [PayloadStore(self.objects, room="memory") for _ in range(3)]
-        self.stores[0].announce()
+        self.world = World(folder, patch)
+        self.clock, self.objects, self.visible = self.world.clock, self.world.objects, self.world.visible
+        self.stores = [self.world.process() for _ in range(3)]
         self.writers: list[tuple[Actor, float, int]] = []
         self.collectors: list[Actor] = []
-        self.visible: list[tuple[Claim, float]] = []
         self.withdrawn: list[tuple[Claim, float]] = []
         # Readers are promised something if writers are quick.
         self.bound_s, self.reads_s = (GRACE_S / 2, GRACE_S / 2) if prompt else (GRACE_S, 0.0)
@@ -74,7 +56,7 @@ class Collections(RuleBasedStateMachine):
             self.stores[0].put(content)
         for _ in range(earlier):
             self.clock.now_s += GRACE_S + 121
-            collect(PayloadStore(self.objects), [MemoryRoom(self.objects, [])], grace=GRACE_S, dry_run=False)
+            self.world.collect()
         self.clock.now_s += GRACE_S + 121
         for to in under_way:
             self.collect(to, loses=False)
@@ -85,9 +67,7 @@ class Collections(RuleBasedStateMachine):
     def store(self, process: int, content: bytes, to: str, loses: bool) -> None:
         # One at a time in each process: whoever reads the list keeps its other threads waiting.
         if process not in [number for _, _, number in self.writers]:
-            store = self.stores[process]
-            self.writers.append((Actor(lambda: store.put(content).claim), self.clock.now_s, process))
-            self.writers[-1][0].wait()
+            self.writers.append((self.world.putting(content, self.stores[process]), self.clock.now_s, process))
             _go_on(self.writers[-1][0], to, loses)
 
     @precondition(lambda self: self.writers)
@@ -100,24 +80,23 @@ class Collections(RuleBasedStateMachine):
     def publish(self, which: int) -> None:
         writer = _one_of(self.writers, which)
         self.writers.remove(writer)
-        writer[0].finish()
-        self.visible.append((writer[0].result, self.clock.now_s))
+        self.visible.append(writer[0].finish())
 
     @rule(process=st.integers(0, 2))
     def restart(self, process: int) -> None:
-        self.stores[process] = PayloadStore(self.objects, room="memory")
+        self.stores[process] = self.world.process()
 
     @precondition(lambda self: self.visible)
     @rule(which=ANY, all_of_them=st.booleans())
     def withdraw(self, which: int, all_of_them: bool) -> None:
         for _ in range(len(self.visible) if all_of_them else 1):
-            claim, _ = self.visible.pop(which % len(self.visible))
+            claim = self.visible.pop(which % len(self.visible))
             self.withdrawn.append((claim, self.clock.now_s))
 
     @precondition(lambda self: self.readable())
     @rule(which=ANY)
     def hand_on(self, which: int) -> None:
-        self.visible.append((_one_of(self.readable(), which), self.clock.now_s))
+        self.visible.append(_one_of(self.readable(), which))
 
     def readable(self) -> list[Claim]:
         return [claim for claim, at in self.withdrawn if self.reads_s and self.clock.now_s <= at + self.reads_s]
@@ -127,10 +106,7 @@ class Collections(RuleBasedStateMachine):
     @precondition(lambda self: len(self.collectors) < 2)
     @rule(to=COLLECTIONS_GO_TO, loses=st.booleans())
     def collect(self, to: str, loses: bool) -> None:
-        room = MemoryRoom(self.objects, self.visible)
-        store = PayloadStore(self.objects)
-        self.collectors.append(Actor(lambda: collect(store, [room], grace=GRACE_S, dry_run=False)))
-        self.collectors[-1].wait()
+        self.collectors.append(self.world.collecting())
         _go_on(self.collectors[-1], to, loses)
 
     @precondition(lambda self: self.collectors)
@@ -173,8 +149,8 @@ class Collections(RuleBasedStateMachine):
     def nothing_in_use_is_deleted(self) -> None:
         if not hasattr(self, "clock"):
             return
-        for claim in (*(claim for claim, _ in self.visible), *self.readable()):
-            self.failed = self.objects.inner.info(claim.uri.removeprefix(f"{self.objects.uri}/")) is None
+        for claim in (*self.visible, *self.readable()):
+            self.failed = not self.world.is_there(claim)
             assert not self.failed, claim.uri
 
     def teardown(self) -> None:
@@ -186,12 +162,11 @@ class Collections(RuleBasedStateMachine):
             if self.failed:
                 return
             self.visible.clear()
-            room = MemoryRoom(self.objects, [])
             for _ in range(8):
-                self.clock.now_s += GRACE_S
-                collect(PayloadStore(self.objects), [room], grace=GRACE_S, dry_run=False)
+                self.world.wait(GRACE_S)
+                self.world.collect()
             assert keys(self.objects.inner) == ["rooms/memory"]
-            assert Condemned(self.objects).read() == {}
+            assert self.world.listed() == {}
 
 
 def _quick_folder() -> str | None:

@@ -114,7 +114,8 @@ class TestKeys:
                 assert found is not None
                 assert found.inline is not None
                 assert found.inline.content == content
-        assert all(key.startswith("pointers/assets/") for key in keys(store))
+        assert len(keys(store, "pointers/assets/")) == 2 * len(EVIL)
+        assert keys(store)[2 * len(EVIL) :] == ["rooms/pointers"]
 
 
 class TestDocuments:

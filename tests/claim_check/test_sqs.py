@@ -305,6 +305,7 @@ class TestReceiptHandles:
     @example("my-bucket", KEY, "AQEBwJnKyrHigUMZj6rYigCgxlaS3SLy0a-with-dashes-==")
     @example("my-bucket", "-", "-")
     @example("my-bucket", "-..s3BucketName..-", "-..s3Key..-")
+    @example("my-bucket", KEY, "AQEB-..s3Key..-x")
     @example("my-bucket", "pre/--..s3Key", "-..s3BucketName..-x")
     def test_any(self, bucket: str, key: str, original: str) -> None:
         assert split_receipt_handle(handle_of(bucket, key, original)) == (Claim(uri=f"s3://{bucket}/{key}"), original)

@@ -303,8 +303,9 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _CutError
             self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
             sent += len(chunk)
-        if isinstance(fault, CutResponse):
-            raise _CutError
+        length = answer.getheader("Content-Length")
+        if isinstance(fault, CutResponse) or (length is not None and sent != int(length)):
+            raise _CutError  # told to, or the server died in the middle of its answer
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 

@@ -20,7 +20,7 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from djp_dagster import Event, EventStream, Topic, open_payload_store, open_stream
+from djp_dagster import Batch, Event, EventStream, Topic, consumer, open_payload_store, open_stream, run_pending
 from djp_dagster.errors import (
     EventTooLargeError,
     InvalidClaimError,
@@ -825,3 +825,24 @@ class TestCommandLine:
         assert len(lines) == 2
         assert "\x1b" not in lines[0]
         assert "good" in lines[1]
+
+    def test_dead_letters(
+        self, counted: tuple[EventStream, Counter[str]], tmp_path: Path, djp: Callable[..., str]
+    ) -> None:
+        stream, counts = counted
+        (record,) = published(stream, THOUSAND, event_of({"text": "x" * 2000}))
+
+        @consumer(topic=THOUSAND, group="failing")
+        def handle(batch: Batch) -> None:
+            for found in batch:
+                raise ValueError(found.id)
+
+        run_pending(stream, handle)
+        (tmp_path / "payloads").rename(tmp_path / "away")
+        assert "ValueError" in djp("dead-letters", "list", "failing")
+        (letter,) = [json.loads(line) for line in djp("dead-letters", "list", "failing", "--json").splitlines()]
+        shown = json.loads(djp("dead-letters", "show", "failing", str(letter["id"]), "--json"))
+        assert shown["record"] == record.to_dict()
+        assert record.claim is not None
+        assert record.claim.uri in djp("dead-letters", "show", "failing", str(letter["id"]))
+        assert counts["read"] == 0
