@@ -400,6 +400,7 @@ class PayloadStore:
         Raises:
             PayloadError: as `open`.
         """
+        self.info(claim)  # what is not there cannot be kept, whatever is on the list
         ref = self.resolve(claim)
         if self._condemned.save(ref.key) and self.objects.info(ref.key) is not None:
             return claim

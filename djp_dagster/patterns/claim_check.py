@@ -33,6 +33,7 @@ from djp_dagster.errors import (
     PayloadError,
     PayloadExpiredError,
     PayloadMissingError,
+    PayloadStoreUnavailableError,
 )
 from djp_dagster.orchestration.values import (
     ALLOW_MISSING,
@@ -314,6 +315,6 @@ def _naming(name: str) -> Iterator[None]:
     """What cannot be read, in the words of whoever wants it."""
     try:
         yield
-    except (PayloadError, InvalidSettingError) as error:
+    except (PayloadError, PayloadStoreUnavailableError, InvalidSettingError) as error:
         error.args = (f"{name}: {error}",)
         raise
