@@ -123,11 +123,6 @@ class LocalObjects:
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise
-                if self._is_away():
-                    raise PayloadStoreUnavailableError(
-                        f"folder {str(self._root)!r} of the payload store is not there, or empty: mount or restore it",
-                        key=key,
-                    ) from error
                 raise PayloadMissingError(
                     f"payload {key!r} is not in {str(self.folder)!r}: it was deleted, or the store is another one",
                     key=key,
@@ -142,8 +137,8 @@ class LocalObjects:
             )
         return file
 
-    def _is_away(self) -> bool:
-        """Whether nothing at all is where the store lies: not mounted, maybe; so nothing is known to be missing."""
+    def is_away(self) -> bool:
+        """See `ObjectStore.is_away`."""
         return not self._root.is_dir() or all(found.name.startswith(".") for found in self._root.iterdir())
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:

@@ -152,5 +152,8 @@ class ObjectStore(Protocol):
             PayloadStoreRefusedError: the store has no such thing.
         """
 
+    def is_away(self) -> bool:
+        """Whether nothing at all is where the store lies: not mounted, maybe, so nothing is known to be missing."""
+
     def now(self) -> float:
         """The store's clock, in seconds since 1970: what `ObjectInfo.modified` is measured by."""

@@ -251,6 +251,10 @@ class S3Objects:
             url: str = client.generate_presigned_url("get_object", Params=at, ExpiresIn=expires_s)
         return url
 
+    def is_away(self) -> bool:
+        """See `ObjectStore.is_away`: a server that does not answer says so at every request."""
+        return False
+
     def now(self) -> float:
         """See `ObjectStore.now`: what the server says in its answer to a request."""
         with typed(self.uri, "tell the time"):

@@ -284,7 +284,7 @@ class PayloadStore:
         """
         ref = self.resolve(payload)
         expected = ref.bytes if ref.encoding is None and ref.bytes >= 0 else None
-        raw = self.objects.open(ref.key, expected_bytes=expected)
+        raw = self._opened(ref, expected)
         if ref.encoding is None and raw.seekable():
             return verified_in_place(raw, ref)
         file = verified(raw, ref, max_bytes=self.max_payload_bytes)
@@ -292,6 +292,16 @@ class PayloadStore:
             return file
         with file:
             return BytesIO(file.read())
+
+    def _opened(self, ref: PayloadRef, expected_bytes: int | None) -> BinaryIO:
+        try:
+            return self.objects.open(ref.key, expected_bytes=expected_bytes)
+        except PayloadMissingError as error:
+            if not self.objects.is_away():
+                raise
+            raise PayloadStoreUnavailableError(
+                f"the payload store {self.uri} is not there, or empty: mount it, or restore it", key=ref.key
+            ) from error
 
     def read(self, payload: Claim | PayloadRef) -> bytes:
         """The payload, verified.

@@ -180,6 +180,12 @@ class TestWhatIsNoClaim:
         assert time.process_time() - started < 0.5
         assert len(str(caught.value)) < 500
 
+    def test_a_long_token_is_none_even_if_most_of_it_is_nothing(self) -> None:
+        token = json.dumps(GOOD).encode()
+        assert Claim.from_json(token.ljust(1024)).to_dict() == GOOD
+        with pytest.raises(InvalidClaimError, match="less than 1024 bytes, not 1025"):
+            Claim.from_json(token.ljust(1025))
+
     def test_wrong_documents(self) -> None:
         nested: Any = {}
         for _ in range(100_000):

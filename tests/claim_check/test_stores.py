@@ -71,7 +71,7 @@ class TestDeduplication:
             "    stored = store.put(source); print(json.dumps([stored.deduplicated, stored.claim.to_dict()]))\n"
             "    assert store.verify(stored.claim) == stored.claim.size\n"
         )
-        processes = [start(code, place, path) for _ in range(4)]
+        processes = [start(code, place, path) for _ in range(3)]
         for process in processes:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"

@@ -526,6 +526,7 @@ class TestBytesAndFiles:
         other = open_payload_store(tmp_path / "other").put(b"x").claim
         with pytest.raises(PayloadForbiddenError, match=r"payloads\(\)\.put"):
             kept(folder_store, other)
+        folder_store.put(b"another")
         gone = Claim(uri=f"{folder_store.uri}/sha256/aa/{'b' * 62}")
         with pytest.raises(PayloadMissingError):
             kept(folder_store, gone)
