@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import msgspec
 
 from djp_dagster.claim_check.claims import Claim
-from djp_dagster.claim_check.serializers.json_values import decode_json
+from djp_dagster.claim_check.serializers.json_values import CANNOT, decode_json
 from djp_dagster.claim_check.serializers.kinds import JSON, PARQUET, PICKLE, Form, FormName, Kind, name_of
 from djp_dagster.claim_check.serializers.tables import iterate_batches, read_arrow, read_pandas
 from djp_dagster.claim_check.stores import PayloadStore
@@ -279,7 +279,7 @@ def _load_json(held: Held, form: Form, wanted: Any) -> Any:
     content = held.read()
     try:
         return decode_json(content, wanted)
-    except (ValueError, TypeError, RecursionError, NotImplementedError) as error:
+    except CANNOT as error:
         if wanted is Any:
             raise _unreadable(held, str(error)) from error
         raise _does_not_fit(held, form, str(error)) from error

@@ -121,7 +121,7 @@ class S3Settings(msgspec.Struct, frozen=True, kw_only=True):
             # more costs more than sending it.
             s3={"addressing_style": self.addressing, "payload_signing_enabled": not self.sends_checksums},
             signature_version=UNSIGNED if self.unsigned else signature,
-            # A fixed one: botocore makes it up twice a request, which takes a fifth of the client's time for small objects.
+            # A fixed one: botocore makes it up twice a request, a fifth of the client's time for small objects.
             user_agent=f"djp-dagster Boto3/{boto3.__version__}",
         )
         client = boto3.session.Session(profile_name=self.profile).client(

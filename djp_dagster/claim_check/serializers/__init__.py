@@ -56,7 +56,7 @@ def _encoded(value: Any, media_type: str) -> bytes:
         return bytes(value)
     try:
         return str(value).encode() if media_type == TEXT else msgspec.json.encode(value)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
         raise InvalidSettingError(
             f"an output of type {type(value).__name__} cannot be stored ({error}); return a DataFrame, an Arrow "
             "table, bytes, text or JSON values",

@@ -13,7 +13,8 @@ import msgspec
 from djp_dagster.claim_check.serializers.kinds import name_of
 from djp_dagster.errors import InvalidSettingError
 
-_CANNOT = (TypeError, ValueError, RecursionError, NotImplementedError)  # msgspec's errors are among them
+CANNOT = (msgspec.MsgspecError, TypeError, ValueError, RecursionError, NotImplementedError)
+"""What comes of values that are no JSON, and of JSON that is of another type."""
 _MAX_SHOWN = 80
 
 
@@ -29,13 +30,13 @@ def encode_json(value: Any, declared: Any = Any) -> bytes:
     """
     try:
         encoded = msgspec.json.encode(value, enc_hook=_to_builtin)
-    except _CANNOT as error:
+    except CANNOT as error:
         raise _not_json(value, str(error) or "it is of no such type") from error
     own_type = type(value) if _is_object(value) else declared
     if own_type is not Any:
         try:
             restored = decode_json(encoded, own_type)
-        except _CANNOT as error:
+        except CANNOT as error:
             if _is_object(value):
                 raise _not_json(value, f"it does not come back as one: {error}") from error
         else:
@@ -52,7 +53,7 @@ def decode_json(content: bytes, wanted: Any = Any) -> Any:
     """JSON as values, or as what is wanted.
 
     Raises:
-        ValueError, TypeError: it is no JSON, or not of that type.
+        one of `CANNOT`: it is no JSON, or not of that type.
     """
     return msgspec.json.decode(content, type=wanted, dec_hook=_to_object)
 

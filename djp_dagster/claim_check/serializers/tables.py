@@ -199,7 +199,8 @@ def read_arrow(file: BinaryIO) -> "pa.Table":
         PayloadCorruptError: the file is no Parquet.
     """
     with _readable("pa.Table"):
-        return _opened(file).read()
+        parquet = _opened(file)
+        return parquet.read() if parquet.num_row_groups else parquet.schema_arrow.empty_table()
 
 
 def read_pandas(file: BinaryIO) -> "pd.DataFrame":
@@ -214,6 +215,8 @@ def read_pandas(file: BinaryIO) -> "pd.DataFrame":
     frames: list[pd.DataFrame] = []
     with _readable("pd.DataFrame"):
         parquet = _opened(file)
+        if not parquet.num_row_groups:  # older releases of Arrow cannot read that
+            return parquet.schema_arrow.empty_table().to_pandas()
         groups = _column_groups(parquet)
         for columns in groups:
             # Not split_blocks: it hands out columns that cannot be written to.
@@ -234,7 +237,7 @@ def iterate_batches(file: BinaryIO) -> "tuple[pa.Schema, Iterator[pa.RecordBatch
     """
     with _readable("pa.RecordBatchReader"):
         parquet = _opened(file)
-        return parquet.schema_arrow, parquet.iter_batches()
+        return parquet.schema_arrow, parquet.iter_batches() if parquet.num_row_groups else iter(())
 
 
 def _opened(file: BinaryIO) -> "pq.ParquetFile":
