@@ -495,7 +495,7 @@ class TestRefusals:
                 ) as no:
                     collect(place.open(), rooms, dry_run=dry_run)
                 assert no.value.facts["missing"][0] == "other"
-        assert [key for key in [*keys(place.open()), *(one.key for one in place.objects().list("gc/"))]] == before
+        assert [*keys(place.open()), *(one.key for one in place.objects().list("gc/"))] == before
         assert collect(place.open(), [ListedRoom("stream"), ListedRoom("other"), ListedRoom("third")]).payloads == 2
 
     def test_no_room_at_all(self, place: Place) -> None:

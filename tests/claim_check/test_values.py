@@ -286,7 +286,7 @@ class TestArrowAndPolars:
                 "c": pl.Series(["x", "y"], dtype=pl.Categorical),
                 "a": pl.Series([[1, 2], [3, 4]], dtype=pl.Array(pl.Int8, 2)),
                 "t": [dt.timedelta(1), None],
-                "d": [decimal.Decimal("1.1"), None],
+                "d": pl.Series([decimal.Decimal("1.1"), None], dtype=pl.Decimal(10, 1)),
             }
         )
         for threshold in (100, 100_000):

@@ -216,7 +216,8 @@ def read_pandas(file: BinaryIO) -> "pd.DataFrame":
     with _readable("pd.DataFrame"):
         parquet = _opened(file)
         if not parquet.num_row_groups:  # older releases of Arrow cannot read that
-            return parquet.schema_arrow.empty_table().to_pandas()
+            empty: pd.DataFrame = parquet.schema_arrow.empty_table().to_pandas()
+            return empty
         groups = _column_groups(parquet)
         for columns in groups:
             # Not split_blocks: it hands out columns that cannot be written to.

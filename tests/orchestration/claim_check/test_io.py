@@ -290,9 +290,9 @@ class TestSettings:
     def test_nothing_is_asked_and_made_at_definition_time(self, tmp_path: Path) -> None:
         """A server that is not there, a folder that cannot be made, and no library of tables."""
         code = f"""
-import sys, time
+import socket, sys
 import dagster as dg, djp_dagster as djp
-started = time.monotonic()
+socket.socket.connect = socket.getaddrinfo = None
 @dg.asset
 def a(): return 1
 @dg.asset
@@ -303,7 +303,6 @@ stores.append(djp.S3PayloadStore(bucket="none", s3=S3Resource(endpoint_url="http
 for store in stores:
     defs = dg.Definitions([a, b], resources={{"io_manager": djp.ClaimCheckIOManager(store=store)}})
     dg.Definitions.validate_loadable(defs)
-assert time.monotonic() - started < 5
 assert not {{"pandas", "pyarrow", "polars"}} & set(sys.modules), set(sys.modules)
 """
         subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
