@@ -533,6 +533,15 @@ class TestKeys:
         assert keys(objects) == [key]
 
 
+def test_a_store_that_is_away(place: Place) -> None:
+    """A folder without anything in it may be a file system that is not mounted; a bucket says what it is."""
+    objects = place.objects()
+    assert objects.is_away() == objects.within("a").is_away() == place.is_folder
+    put(objects.within("b"), "k")
+    assert not objects.is_away()
+    assert not objects.within("a").is_away()
+
+
 def test_spool_folder(place: Place, tmp_path: Path) -> None:
     objects = place.objects()
     assert objects.spool_folder == (Path(place.target) if place.is_folder else tmp_path / "spool")

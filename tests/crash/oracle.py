@@ -53,7 +53,7 @@ class Books:
             (group,),
         )
         (store,) = (
-            (self.folder / "stream-payloads").iterdir() if (self.folder / "stream-payloads").exists() else (None,)
+            (self.folder / "stream-payloads").glob("[!.]*") if (self.folder / "stream-payloads").exists() else (None,)
         )
         return [json.loads((store / json.loads(payload)["key"]).read_bytes()) for (payload,) in rows]
 
