@@ -1,6 +1,7 @@
 """Whether a store's conditional writes are atomic: found out by racing, since no server says so."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
@@ -11,15 +12,19 @@ from djp_dagster.errors import CollectionRefusedError, PayloadStoreRefusedError,
 RACE = "gc/race-"
 """How the documents of races begin; what a crash leaves of them is removed by collection."""
 _RACERS = 8
+_proven: weakref.WeakSet[ObjectStore] = weakref.WeakSet()
+"""Raced before in this process. Some servers keep the losers of a race waiting for seconds."""
 
 
 def require_atomic(objects: ObjectStore) -> None:
-    """Make sure that of several writers of one document, new or of one version, exactly one succeeds.
+    """Make sure, once for each open store, that of several writers of one document, new or known, exactly one succeeds.
 
     Raises:
         CollectionRefusedError: they are not atomic here, or not conditional at all.
         PayloadStoreUnavailableError: nobody knows; ask again.
     """
+    if objects in _proven:
+        return
     key = f"{RACE}{uuid4().hex}"
     try:
         first = _winner(objects, "new document", lambda body: objects.write_document(key, body, expected=None))
@@ -31,6 +36,7 @@ def require_atomic(objects: ObjectStore) -> None:
         raise _not_atomic(objects, f"it refuses them ({error})") from error
     finally:
         objects.delete([key])
+    _proven.add(objects)
 
 
 def _winner(objects: ObjectStore, what: str, write: Callable[[bytes], object]) -> bytes:

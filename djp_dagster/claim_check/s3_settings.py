@@ -194,7 +194,7 @@ def typed(uri: str, what: str) -> Iterator[None]:
         yield
     except exceptions.ClientError as error:
         code, status = code_of(error)
-        if status >= 500 or status == 429 or code in _TRY_AGAIN_CODES:
+        if (status >= 500 and status != 501) or status == 429 or code in _TRY_AGAIN_CODES:
             raise _unavailable(uri, what, f"{status} {code}") from error
         raise PayloadStoreRefusedError(
             f"{uri} refuses to {what}: {status} {code}; {_remedy(code, status)}", uri=uri, code=code

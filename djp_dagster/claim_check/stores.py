@@ -219,7 +219,8 @@ class PayloadStore:
             if not saved or self.objects.info(key) is None:
                 key = key if saved else another_key(key)
                 created = self._create(key, content, media_type)
-                if not created:
+                # Not created and there: another writer has found the same, and was quicker.
+                if not created and self.objects.info(key) is None:
                     raise PayloadStoreUnavailableError(
                         f"{self.uri} says that {key!r} is not there, and that it is; try again", key=key
                     )
