@@ -5,6 +5,8 @@ FLOORS_VENV ?= .venv-floors
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 SOAK_TIMEOUT ?= 7200
+# Many tests wait for servers and daemons: more processes than cores. WORKERS=0 runs them in one, as --pdb needs it.
+WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format soak floors bench clean
@@ -23,7 +25,7 @@ demo: venv ## the shop: user interface, daemon and traffic until Ctrl-C; FOR=60 
 	@$(BIN)/python -m demo $(if $(FOR),--for $(FOR)) $(ARGS)
 
 test: venv ## everything but the soak tests, with coverage
-	$(BIN)/python -m pytest --cov $(if $(ARGS),--cov-fail-under=0) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov $(if $(ARGS),--cov-fail-under=0) $(ARGS)
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

@@ -242,7 +242,11 @@ class TestRefused:
         with pytest.raises(InvalidEventError):
             Event.from_json(document)
 
-    @pytest.mark.parametrize("data", [object(), {"a": {1, object()}}, "\ud800", {(1, 2): 3}], ids=repr)
+    @pytest.mark.parametrize(
+        "data",
+        [object(), {"a": {1, object()}}, "\ud800", {(1, 2): 3}],
+        ids=["object", "within a set", "surrogate", "key"],
+    )
     def test_data_that_is_no_json(self, data: Any) -> None:
         with pytest.raises(InvalidEventError) as caught:
             Event(type="t", source="s", data=data).to_json()

@@ -85,7 +85,7 @@ def test_data_frames(store: PayloadStore) -> None:
     pd.testing.assert_frame_equal(load_value(store, store_value(store, "e", frame.iloc[:0])), frame.iloc[:0])
 
 
-@pytest.mark.parametrize("value", [object(), {"a": object()}, {(1, 2): 3}], ids=repr)
+@pytest.mark.parametrize("value", [object(), {"a": object()}, {(1, 2): 3}], ids=["object", "within", "key"])
 def test_nothing_else_and_nothing_is_left(store: PayloadStore, value: Any) -> None:
     with pytest.raises(InvalidSettingError, match="cannot be stored"):
         store_value(store, "a/b", value)

@@ -96,7 +96,9 @@ class TestSources:
                 file.seek(0)
                 assert store.put(file).ref.key == key_of(data)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("source", ["a text", None, 7, io.StringIO("text"), ["x"]], ids=repr)
+    @pytest.mark.parametrize(
+        "source", ["a text", None, 7, io.StringIO("text"), ["x"]], ids=["str", "none", "number", "text file", "list"]
+    )
     def test_nothing_else(self, tmp_path: Path, source: Any) -> None:
         with pytest.raises(InvalidSettingError, match=type(source).__name__):
             open_payload_store(tmp_path / "p").put(source)

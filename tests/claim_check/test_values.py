@@ -583,7 +583,7 @@ class TestJson:
             (pd.Series([1]), "an object of type Series"),
             (np.zeros(2), "an object of type ndarray"),
         ],
-        ids=str,
+        ids=["tuple", "number as key", "nan", "object", "struct", "series", "array"],
     )
     def test_the_error_says_where(self, folder_store: PayloadStore, value: Any, where: str) -> None:
         with pytest.raises(InvalidSettingError, match=where) as error:
