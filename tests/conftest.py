@@ -45,7 +45,9 @@ def _printable(value: Any) -> Any:
         return value.encode(errors="backslashreplace").decode()
     if isinstance(value, dict):
         return {_printable(key): _printable(one) for key, one in value.items()}
-    return list(map(_printable, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_printable, value))
+    return value
 
 
 @pytest.fixture(scope="session")
