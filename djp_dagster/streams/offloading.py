@@ -12,6 +12,7 @@ companions) and
 ======================================  ==============================================================================
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,12 +147,11 @@ def _encoded(event: Event) -> tuple[bytes, Kind]:
         # CloudEvents: what is declared as JSON is read as JSON by others, too.
         is_string = event.datacontenttype is not None and is_json(event.datacontenttype)
         return (_encode_json(data), "string") if is_string else (data.encode(), "text")
-    try:
+    # What JSON refuses, or gives back as something else, MessagePack may take; if it does not, it says why.
+    with contextlib.suppress(msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError):
         as_json = _encode_json(data)
         if _decode_json(as_json) == data:
             return as_json, "json"
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.DecodeError):
-        pass
     # Bytes inside, times, NaN: what MessagePack says and JSON does not.
     return encode_value(data), "msgpack"
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from djp_dagster.claim_check.claims import PayloadRef
+from djp_dagster.claim_check.serializers.json_values import CANNOT
 from djp_dagster.claim_check.serializers.kinds import BYTES, JSON, PARQUET, TEXT, Kind, kind_of
 from djp_dagster.claim_check.serializers.tables import read_arrow, read_pandas, write_table
 from djp_dagster.claim_check.stores import PayloadStore
@@ -56,7 +57,7 @@ def _encoded(value: Any, media_type: str) -> bytes:
         return bytes(value)
     try:
         return str(value).encode() if media_type == TEXT else msgspec.json.encode(value)
-    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
+    except CANNOT as error:
         raise InvalidSettingError(
             f"an output of type {type(value).__name__} cannot be stored ({error}); return a DataFrame, an Arrow "
             "table, bytes, text or JSON values",
