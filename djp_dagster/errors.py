@@ -12,6 +12,8 @@
     │   ├── FencedError                 the lease was lost; somebody else continues
     │   ├── RetriesExhaustedError       a transient failure outlived its retry budget
     │   ├── PayloadStoreUnavailableError    the payload store is away, or too busy
+    │   ├── WorkerDiedError             a process died at its task, as often as it was tried
+    │   ├── ShuffleSpaceError           no space left for the temporary files of a map-reduce
     │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
     └── TerminalError                   trying again cannot help; the cause must change
         ├── InvalidSettingError         a wrong argument or declaration
@@ -38,6 +40,9 @@
         ├── StateMismatchError          local state that does not continue its changelog
         ├── PayloadStoreRefusedError    no permission, no such bucket, or not what a payload store needs
         ├── CollectionRefusedError      garbage collection cannot prove what is garbage
+        ├── SourceError                 input of a map-reduce that is missing, damaged, or changed while it was read
+        ├── BadRecordsError             more records that cannot be mapped than the job allows
+        ├── MapReduceFailedError        a mapper, combiner or reducer raised, twice
         └── PayloadError
             ├── InvalidClaimError       not a claim
             ├── PayloadForbiddenError   a claim that leaves the configured store, or wants what was not allowed
@@ -124,6 +129,14 @@ class DeadlineOvertakenError(TransientError):
 
 class PayloadStoreUnavailableError(TransientError):
     """The payload store cannot be reached, is too busy, or broke off, after all retries."""
+
+
+class WorkerDiedError(TransientError):
+    """The process that worked on a task of a map-reduce died, or stood still, as often as the task was tried."""
+
+
+class ShuffleSpaceError(TransientError):
+    """No space is left where a map-reduce keeps its temporary files; ``facts["folder"]`` names the place."""
 
 
 class InvalidSettingError(TerminalError):
@@ -228,6 +241,18 @@ class PayloadStoreRefusedError(TerminalError):
 
 class CollectionRefusedError(TerminalError):
     """Garbage collection cannot prove what is garbage; nothing was deleted."""
+
+
+class SourceError(TerminalError):
+    """Input of a map-reduce is missing, damaged, or changed since the job looked; ``facts["uri"]`` names it."""
+
+
+class BadRecordsError(TerminalError):
+    """More records cannot be mapped than the job allows; ``facts`` name the first of them and why."""
+
+
+class MapReduceFailedError(TerminalError):
+    """A task of a map-reduce raised, and raised again when it was repeated; its cause is the exception."""
 
 
 class PayloadError(TerminalError):

@@ -16,6 +16,7 @@ import msgspec
 from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.claim_check.serializers import load_value
 from djp_dagster.events import Event
+from djp_dagster.mapreduce.combining import CombineFn, find_disagreement
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import CRASH_POINTS, CrashPoint, set_hook
 from djp_dagster.processing.reports import BatchReport
@@ -27,7 +28,16 @@ from djp_dagster.streams.records import Record, TopicPartition, decode_value
 from djp_dagster.streams.stream import EventStream, open_stream
 from djp_dagster.streams.topics import Topic, changelog_of
 
-__all__ = ["CRASH_POINTS", "Clock", "ConsumerRun", "crash_at", "kill_at", "memory_stream", "run_consumer"]
+__all__ = [
+    "CRASH_POINTS",
+    "Clock",
+    "ConsumerRun",
+    "check_combine_fn",
+    "crash_at",
+    "kill_at",
+    "memory_stream",
+    "run_consumer",
+]
 
 
 class Clock:
@@ -171,3 +181,36 @@ def kill_at(point: CrashPoint, *, hit: int = 1) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     set_hook(hook)
+
+
+def check_combine_fn(
+    combine: CombineFn[Any, Any, Any], values: Sequence[Any], *, rounds: int = 500, seed: int = 0
+) -> None:
+    """Check that it does not matter how values are divided among accumulators, and in which order these are merged.
+
+    Args:
+        combine: what to check.
+        values: some that are typical, and some that are not.
+        rounds: how many ways of dividing and ordering are tried.
+        seed: of these.
+
+    Raises:
+        AssertionError: it does matter; the message has values that show it.
+
+    Example:
+        >>> import djp_dagster as djp
+        >>> check_combine_fn(djp.Mean(), [1, 2, 4])
+        >>> class MeanOfMeans(djp.Mean):
+        ...     def merge(self, one, other):
+        ...         return (self.extract(one) + self.extract(other)) / 2, 1
+        >>> check_combine_fn(MeanOfMeans(), [1, 2, 4])
+        Traceback (most recent call last):
+        AssertionError: MeanOfMeans makes 2.0 of [1, 4, 1], and 1.75 if they are divided or ordered otherwise
+    """
+    found = find_disagreement(combine, values, rounds=rounds, seed=seed)
+    if found is not None:
+        some, expected, other = found
+        raise AssertionError(
+            f"{type(combine).__name__} makes {expected!r} of {some!r}, and {other!r} if they are divided or ordered "
+            "otherwise"
+        )

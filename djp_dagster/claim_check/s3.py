@@ -44,6 +44,10 @@ class S3Client:
         self._made: dict[str | None, Any] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: it makes a client of its own."""
+        return S3Client, (self.settings,)
+
     def get(self, *, signature: str | None = None) -> Any:
         """The client, or one that signs in another way; boto3's are safe to share between threads."""
         with self._lock:

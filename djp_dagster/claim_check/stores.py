@@ -21,9 +21,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -93,6 +94,17 @@ class PayloadStore:
         self._former_uris = tuple(uri.rstrip("/") for uri in former_uris)
         self._condemned = Condemned(objects)
         self._room, self._announced = room, room is None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process."""
+        again = partial(
+            PayloadStore,
+            room=self._room,
+            max_payload_bytes=self.max_payload_bytes,
+            max_read_bytes=self.max_read_bytes,
+            former_uris=self._former_uris,
+        )
+        return again, (self.objects,)
 
     @property
     def uri(self) -> str:

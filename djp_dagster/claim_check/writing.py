@@ -196,6 +196,15 @@ class PayloadUpload:
         """Where to write, in order."""
         return self._file  # type: ignore[return-value]
 
+    def if_small(self, max_bytes: int) -> bytes | None:
+        """What was written, if it is no more than that, for whoever needs no object then; nothing is stored."""
+        if self._file.size > max_bytes:
+            return None
+        spool = self._file.finished().spool
+        content = bytearray(spool.size)
+        spool.read_into(memoryview(content), 0)
+        return bytes(content)
+
     def finish(self) -> PayloadRef:
         """Make it durable and visible. A key that exists is replaced in one step: the same attempt wrote it."""
         file = self._file.finished()

@@ -84,7 +84,7 @@ class Consumer:
             try:
                 source = inspect.getsource(module if module is not None else self.handler)
             except (OSError, TypeError):
-                source = _bytecode(self.handler)
+                source = bytecode(self.handler)
             self._code_version = hashlib.sha256(source.encode()).hexdigest()[:12]
         return self._code_version
 
@@ -122,7 +122,7 @@ class Consumer:
         return {name: given[name] for name in self.resource_names}
 
 
-def _bytecode(handler: Handler) -> str:
+def bytecode(handler: Handler) -> str:
     """What a handler without source does, in a form that is the same in every process."""
     code = getattr(handler, "__code__", None)
     if code is None:

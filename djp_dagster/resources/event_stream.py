@@ -3,6 +3,8 @@
 import logging
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +55,11 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
         """
         return _opened(self.url or _told_default(), self.payloads)
 
+    def opener(self) -> Callable[[], EventStream]:
+        """What opens the same stream in another process; picklable."""
+        store = self.payloads.open() if self.payloads is not None else None
+        return _opener(self.url or _told_default(), store)
+
     def state_path(self) -> Path:
         """The folder of local state."""
         if self.state_folder is not None:
@@ -85,10 +92,12 @@ def _opened(url: str, payloads: PayloadStoreResource | None) -> EventStream:
             known.stream.close()
             known = None
         if known is None:
-            at_home = open_payload_store(default_folder() / "payloads")
-            stream = open_stream(url, payloads=store, default_payloads=at_home)
-            known = _open_streams[key] = _Opened(stream, _file_of(url))
+            known = _open_streams[key] = _Opened(_opener(url, store)(), _file_of(url))
         return known.stream
+
+
+def _opener(url: str, store: PayloadStore | None) -> Callable[[], EventStream]:
+    return partial(open_stream, url, payloads=store, default_payloads=open_payload_store(default_folder() / "payloads"))
 
 
 def _file_of(url: str) -> tuple[int, int] | None:

@@ -1,0 +1,163 @@
+"""Files as streams of bytes: by range where they are plain, from their beginning where they are compressed."""
+
+import bz2
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import msgspec
+
+from djp_dagster.claim_check.foreign import Found, Reader, reader_of
+from djp_dagster.errors import InvalidSettingError, SourceError
+from djp_dagster.units import Size, parse_bytes
+
+if TYPE_CHECKING:
+    from djp_dagster.claim_check.s3_settings import S3Settings
+
+_PART_BYTES = 4 << 20
+_SUFFIXES = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd"}
+COMPRESSIONS = ("auto", "none", "gzip", "bz2", "zstd")
+
+
+class Range(msgspec.Struct, frozen=True):
+    """A part of an object: the records that begin from ``start`` on and before ``end``; all if it is compressed."""
+
+    found: Found
+    start: int
+    end: int
+    compression: str
+    s3: "Any" = None
+
+    @property
+    def size(self) -> int:
+        """In bytes, as stored."""
+        return self.end - self.start
+
+    def identity(self) -> str:
+        """Of what, in which version, and which part. Without the settings of the bucket, which hold secrets."""
+        return f"{self.found.uri} {self.found.size} {self.found.version} {self.start} {self.end} {self.compression}"
+
+
+def ranges(
+    found: list[Found], *, split_bytes: Size, compression: str, splittable: bool, s3: "S3Settings | None"
+) -> list[Range]:
+    """The objects, the large ones among them in parts of about equal size."""
+    limit = max(1, parse_bytes(split_bytes, name="split_bytes"))
+    parts: list[Range] = []
+    for one in found:
+        how = compression_of(one.uri, compression)
+        count = -(-one.size // limit) if splittable and how == "none" else 1
+        edges = [one.size * number // max(1, count) for number in range(count + 1)] if count > 1 else [0, one.size]
+        parts += [Range(one, start, end, how, s3) for start, end in pairwise(edges)]
+    return [part for part in parts if part.size or part.compression != "none"]
+
+
+def compression_of(uri: str, compression: str) -> str:
+    """How an object is compressed: as told, or as its name ends.
+
+    Raises:
+        InvalidSettingError: there is no such compression.
+    """
+    if compression not in COMPRESSIONS:
+        raise InvalidSettingError(
+            f"compression={compression!r} must be one of {list(COMPRESSIONS)}", setting="compression", value=compression
+        )
+    return _SUFFIXES.get(uri.rpartition(".")[2].lower(), "none") if compression == "auto" else compression
+
+
+class Window(io.RawIOBase):
+    """An object from a position on, read in large parts; a file of its own for whoever wants one, in any order."""
+
+    def __init__(self, reader: Reader, size: int, start: int = 0) -> None:
+        self._reader, self._size, self._at = reader, size, start
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """See `io.IOBase`."""
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """See `io.IOBase`."""
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """See `io.RawIOBase`."""
+        view = memoryview(buffer).cast("B")
+        body = self._reader.read_at(self._at, min(self._at + len(view), self._size))
+        view[: len(body)] = body
+        self._at += len(body)
+        return len(body)
+
+    def read(self, size: int = -1, /) -> bytes:
+        """See `io.RawIOBase`."""
+        end = self._size if size < 0 else min(self._at + size, self._size)
+        body = self._reader.read_at(self._at, end) if end > self._at else b""
+        self._at += len(body)
+        return body
+
+
+@contextmanager
+def window_of(part: Range) -> Iterator[Window]:
+    """The object of a range as a file that can be sought in."""
+    with closing(reader_of(part.found, part.s3)) as reader:
+        yield Window(reader, part.found.size)
+
+
+@contextmanager
+def expanded(part: Range) -> Iterator[BinaryIO]:
+    """The object of a range from its beginning, expanded.
+
+    Reading raises `SourceError` if the object ends too early, or is not compressed as it should be.
+    """
+    with window_of(part) as window:
+        file = io.BufferedReader(window, _PART_BYTES)
+        if part.compression == "none":
+            yield file
+        else:
+            yield _Expanded(file, part)  # type: ignore[misc]
+
+
+class _Expanded:
+    """What a compressed file holds; several members or frames in one file are one stream."""
+
+    def __init__(self, file: BinaryIO, part: Range) -> None:
+        self._file, self._part = file, part
+        self._rest: Any = None
+        if part.compression == "zstd":
+            import pyarrow as pa
+
+            self._rest = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
+        elif part.compression == "bz2":
+            self._rest = bz2.BZ2File(file)
+        else:
+            import gzip
+
+            self._rest = gzip.GzipFile(fileobj=file, mode="rb")
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer at the end."""
+        found = []
+        try:
+            while size and (piece := self._rest.read(size)):
+                found.append(piece)
+                size -= len(piece)
+        except (EOFError, zlib.error, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the file system; those about the bytes have no number
+            raise SourceError(
+                f"{self._part.found.uri} is not whole, or no {self._part.compression}: {error}; fetch it again, or "
+                "name its compression",
+                uri=self._part.found.uri,
+            ) from error
+        return b"".join(found)
