@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.servers.faulty_s3 import FaultyS3
 from tests.servers.moto_server import MotoServer, has_moto
@@ -17,6 +18,9 @@ from tests.servers.postgres import PostgresServer, find_binaries
 from tests.servers.seaweedfs import SeaweedServer, find_weed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# How long an example takes says something about the machine, and nothing about the code.
+settings.register_profile("djp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("djp")
 SERVERS = {"postgres_server", "s3_server", "moto_server"}
 
 

@@ -11,8 +11,8 @@ from djp_dagster.claim_check.foreign import find
 from djp_dagster.errors import SourceError
 from djp_dagster.mapreduce.sources.base import SPLIT_BYTES, Bad, Block, Form, cut
 from djp_dagster.mapreduce.sources.files import Range, expanded, ranges
-from djp_dagster.mapreduce.sources.text import Lines, Paths, chunks_of, decoded, paths_of
-from djp_dagster.units import Size, parse_bytes
+from djp_dagster.mapreduce.sources.text import Lines, Paths, chunks_of, decoded, paths_of, record_limit
+from djp_dagster.units import Size
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,7 +45,7 @@ class JsonLines:
         s3: "S3Settings | None" = None,
     ) -> None:
         self.paths, self._schema = paths_of(paths), schema
-        self._lines = Lines(b"\n", "utf-8", "strict", parse_bytes(max_record_bytes, name="max_record_bytes"))
+        self._lines = Lines(b"\n", "utf-8", "strict", record_limit(max_record_bytes))
         self._compression, self._split_bytes, self._s3 = compression, split_bytes, s3
 
     def forms(self) -> tuple[Form, ...]:
@@ -184,7 +184,7 @@ class CsvFiles:
         self._dialect = Dialect(
             tuple(columns) if columns is not None else None, delimiter, quote, breaks_in_quotes, dict(types or {})
         )
-        self._lines = Lines(b"\n", "utf-8", "strict", parse_bytes(max_record_bytes, name="max_record_bytes"))
+        self._lines = Lines(b"\n", "utf-8", "strict", record_limit(max_record_bytes))
         self._compression, self._split_bytes, self._s3 = compression, split_bytes, s3
 
     def forms(self) -> tuple[Form, ...]:

@@ -6,7 +6,6 @@ splits beside it find the same delimiters, so each record is in one split, whate
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -37,7 +36,7 @@ class TextFiles:
         compression: ``"none"``, ``"gzip"``, ``"bz2"`` or ``"zstd"``; by the name of the file unless given. Compressed
             files are not split.
         split_bytes: larger files are mapped in parts.
-        max_record_bytes: a longer record is a bad record, and never in memory.
+        max_record_bytes: a longer record is a bad record, and never in memory; at least 1 MiB.
         s3: how to reach buckets; ``DJP_S3_*`` or what boto3 finds unless given.
 
     Example:
@@ -68,7 +67,7 @@ class TextFiles:
         if not given:
             raise InvalidSettingError("delimiter must be at least one byte", setting="delimiter", value=delimiter)
         "".encode(encoding, errors)  # an unknown encoding is found here
-        self._lines = Lines(given, encoding, errors, parse_bytes(max_record_bytes, name="max_record_bytes"))
+        self._lines = Lines(given, encoding, errors, record_limit(max_record_bytes))
         self._compression, self._split_bytes, self._s3 = compression, split_bytes, s3
 
     def forms(self) -> tuple[Form, ...]:
@@ -97,6 +96,22 @@ def paths_of(paths: Paths) -> tuple[str, ...]:
     if not given:
         raise InvalidSettingError("a source needs at least one path", setting="paths", value=paths)
     return tuple(map(str, given))
+
+
+def record_limit(max_record_bytes: Size) -> int:
+    """The setting in bytes.
+
+    Raises:
+        InvalidSettingError: less than a block, in which long records would not be noticed.
+    """
+    limit = parse_bytes(max_record_bytes, name="max_record_bytes")
+    if limit < BLOCK_BYTES:
+        raise InvalidSettingError(
+            f"max_record_bytes={max_record_bytes!r} must be at least {BLOCK_BYTES} bytes",
+            setting="max_record_bytes",
+            value=max_record_bytes,
+        )
+    return limit
 
 
 def overlaps_itself(delimiter: bytes) -> bool:
@@ -281,6 +296,14 @@ def _chunks(file: BinaryIO | Window, position: int, end: int | None, lines: Line
     at = position  # of the first byte of rest
     while piece := file.read(BLOCK_BYTES):
         raw = rest + piece if rest else piece
+        if rest and len(raw) > lines.max_bytes:
+            first = raw.find(delimiter, max(0, len(rest) - size + 1))
+            if first < 0 or first > lines.max_bytes:
+                yield at, raw[:first] if first >= 0 else raw, True
+                skipped = (first + size, raw[first + size :]) if first >= 0 else _skip(file, raw, delimiter)
+                if skipped is None or (end is not None and at + skipped[0] >= end):
+                    return
+                at, raw = at + skipped[0], skipped[1]
         # The delimiter that ends this split ends at or after `end`; it may have begun in what was read before.
         last = -1 if end is None or at + len(raw) < end else raw.find(delimiter, max(0, end - at - size))
         cut_at = last if last >= 0 else raw.rfind(delimiter)
@@ -292,14 +315,6 @@ def _chunks(file: BinaryIO | Window, position: int, end: int | None, lines: Line
             at, rest = at + border, raw[border:]
         else:
             rest = raw
-        if len(rest) > lines.max_bytes:
-            yield at, rest, True
-            skipped = _skip(file, rest, delimiter)
-            if skipped is None:
-                return
-            at, rest = at + skipped[0], skipped[1]
-            if end is not None and at >= end:
-                return
     if rest:
         yield at, rest, len(rest) > lines.max_bytes
 
@@ -318,9 +333,3 @@ def _skip(file: BinaryIO | Window, rest: bytes, delimiter: bytes) -> tuple[int, 
         tail = raw[len(raw) - len(delimiter) + 1 :] if len(delimiter) > 1 else b""
     return None
 
-
-@contextmanager
-def opened_whole(part: Range) -> Iterator[BinaryIO]:
-    """The object of a range as one file, expanded."""
-    with expanded(part) as file:
-        yield file
