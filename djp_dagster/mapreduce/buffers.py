@@ -10,6 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +24,6 @@ _ENTRY_BYTES = 110
 """Of a dict, for each key, as long as it grows."""
 _SAMPLE = 64
 _MOST_SPILLS = 64
-Pairs = Iterable[tuple[Any, Any]]
 
 
 class Section(NamedTuple):
@@ -55,7 +55,7 @@ class Buffer(ABC):
         self.spilled_bytes = 0
 
     @abstractmethod
-    def fold(self, pairs: list[tuple[Any, Any]] | Pairs) -> None:
+    def fold(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         """Take in pairs of key and value."""
 
     @abstractmethod
@@ -166,30 +166,26 @@ class CombiningBuffer(Buffer):
         super().__init__(folder, partitions, partition_by, max_bytes)
         self._combine = combine
         self._table: dict[Any, Any] = {}
-        self._weighed, self._entry_bytes = 0, 0.0
+        self._folded, self._weighed, self._entry_bytes = 0, 0, 0.0
 
-    def fold(self, pairs: Pairs) -> None:
+    def fold(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         """See `Buffer`."""
         self._combine.fold(self._table, pairs)
+        self._folded += len(pairs)
 
     def _bytes(self) -> int:
-        count = len(self._table)
-        # What an entry takes is looked at again when there are a fifth more of them; accumulators may grow, too.
-        if count > 1.2 * self._weighed or self._weighed > count or self._grows():
-            step = max(1, count // _SAMPLE)
-            sample = [item for number, item in enumerate(self._table.items()) if number % step == 0]
+        # What an entry takes is looked at again when there were half as many pairs more: accumulators may grow, too.
+        if self._folded > 1.5 * self._weighed:
+            step = max(1, len(self._table) // _SAMPLE)
+            sample = list(islice(self._table.items(), 0, None, step))
             total = sum(size_of(key) + size_of(value) for key, value in sample)
-            self._weighed, self._entry_bytes = count, total / max(1, len(sample)) + _ENTRY_BYTES
-        return int(count * self._entry_bytes)
-
-    def _grows(self) -> bool:
-        value = next(iter(self._table.values()), None)
-        return isinstance(value, (list, set, dict))
+            self._weighed, self._entry_bytes = self._folded, total / max(1, len(sample)) + _ENTRY_BYTES
+        return int(len(self._table) * self._entry_bytes)
 
     def _drained(self) -> tuple[Sequence[Any], Sequence[Any], None]:
         keys, values = list(self._table), list(self._table.values())
         self._table.clear()
-        self._weighed = 0
+        self._folded = self._weighed = 0
         return keys, values, None
 
     def _merge(self, runs: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
@@ -217,7 +213,7 @@ class GroupingBuffer(Buffer):
         self._values: list[Any] = []
         self._pair_bytes = 0.0
 
-    def fold(self, pairs: Pairs) -> None:
+    def fold(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         """See `Buffer`."""
         columns = list(zip(*pairs, strict=True))
         if columns:

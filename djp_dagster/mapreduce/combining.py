@@ -41,8 +41,8 @@ class CombineFn(ABC, Generic[V, A, R]):
         {'a': 'an', 't': 'tea'}
     """
 
-    arrow: str | None = None
-    """How Arrow calls the aggregation that `merge` amounts to, if accumulators are numbers: merging is in C++ then."""
+    adds: bool = False
+    """Whether accumulators that are numbers are merged by adding them: many at once, then."""
 
     @abstractmethod
     def create(self) -> A:
@@ -70,7 +70,7 @@ class CombineFn(ABC, Generic[V, A, R]):
 class Sum(CombineFn[Any, Any, Any]):
     """The sum of the values: numbers, exactly if they are whole; or whatever can be added, such as timedeltas."""
 
-    arrow = "sum"
+    adds = True
 
     def create(self) -> Any:
         """See `CombineFn`."""
@@ -96,7 +96,7 @@ class Sum(CombineFn[Any, Any, Any]):
 class Count(CombineFn[Any, int, int]):
     """How many values there are."""
 
-    arrow = "sum"
+    adds = True
 
     def create(self) -> int:
         """See `CombineFn`."""

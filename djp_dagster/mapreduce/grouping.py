@@ -11,7 +11,7 @@ from djp_dagster.mapreduce.runs import Rows, rows_of
 from djp_dagster.mapreduce.values import kind_of
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import numpy as np
 
 _LARGEST = 1 << 63
 _first = itemgetter(0)
@@ -21,18 +21,28 @@ _second = itemgetter(1)
 def combined(windows: Iterable[Rows], combine: CombineFn[Any, Any, Any]) -> Iterator[Rows]:
     """The rows with one accumulator for each key. All rows of a key must be in one window."""
     for rows in windows:
-        yield _combined(rows, combine) if _repeats(rows) else rows
+        starts = _starts(rows)
+        yield rows if len(starts) == len(rows) else _combined(rows, starts, combine)
 
 
-def _repeats(rows: Rows) -> bool:
+def _starts(rows: Rows) -> "np.ndarray[Any, Any]":
+    """Where another key begins."""
+    import numpy as np
     import pyarrow.compute as pc
 
-    return len(rows) > 1 and bool(pc.any(pc.equal(rows.keys.slice(1), rows.keys.slice(0, len(rows) - 1))).as_py())
+    if len(rows) < 2:
+        return np.arange(len(rows))
+    differs = pc.not_equal(rows.keys.slice(1), rows.keys.slice(0, len(rows) - 1))
+    return np.concatenate(([0], np.flatnonzero(differs.to_numpy(zero_copy_only=False)) + 1))
 
 
-def _combined(rows: Rows, combine: CombineFn[Any, Any, Any]) -> Rows:
-    if combine.arrow is not None and _can_be_added(rows):
-        return _by_arrow(rows, combine.arrow)
+def _combined(rows: Rows, starts: "np.ndarray[Any, Any]", combine: CombineFn[Any, Any, Any]) -> Rows:
+    import numpy as np
+    import pyarrow as pa
+
+    if combine.adds and _can_be_added(rows):
+        sums = np.add.reduceat(rows.values.to_numpy(zero_copy_only=False), starts)
+        return replace(rows, keys=rows.keys.take(pa.array(starts)), values=pa.array(sums, rows.values.type))
     pairs = rows.pairs()
     key, accumulator = next(pairs)
     keys, accumulators = [key], [accumulator]
@@ -47,7 +57,7 @@ def _combined(rows: Rows, combine: CombineFn[Any, Any, Any]) -> Rows:
 
 
 def _can_be_added(rows: Rows) -> bool:
-    """Whether Arrow's sum is Python's: of fractions, or of whole numbers that cannot overflow 64 bits."""
+    """Whether numpy's sum is Python's: of fractions, or of whole numbers that cannot overflow 64 bits."""
     import pyarrow.compute as pc
 
     kind = kind_of(rows.field)
@@ -55,23 +65,6 @@ def _can_be_added(rows: Rows) -> bool:
         return kind == "float"
     extremes = pc.min_max(rows.values).as_py()
     return bool(max(abs(extremes["min"]), abs(extremes["max"])) * len(rows) < _LARGEST)
-
-
-def _by_arrow(rows: Rows, how: str) -> Rows:
-    import pyarrow as pa
-
-    table = pa.table({"key": rows.keys, "value": rows.values})
-    # One thread, so that the order stays, and sums of fractions are the same each time.
-    found = pa.TableGroupBy(table, "key", use_threads=False).aggregate([("value", how)]).combine_chunks()
-    return replace(rows, keys=_array(found["key"]), values=_array(found[f"value_{how}"]))
-
-
-def _array(column: "pa.ChunkedArray[Any]") -> "pa.Array[Any]":
-    import pyarrow as pa
-
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def extracted(windows: Iterable[Rows], combine: CombineFn[Any, Any, Any]) -> Iterator[Rows]:

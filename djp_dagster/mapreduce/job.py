@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from djp_dagster.errors import InvalidSettingError
@@ -199,11 +199,10 @@ def _source(function: Callable[..., Any] | None) -> str:
         return bytecode(function)
 
 
-def pairs_of(found: Any) -> "Iterator[tuple[Any, Any]] | Iterable[tuple[Any, Any]]":
+def pairs_of(found: Any) -> Sequence[tuple[Any, Any]]:
     """What a mapper over whole blocks returned, as pairs."""
     if found is None:
         return ()
     if hasattr(found, "items"):
-        mapping = found.to_dict() if hasattr(found, "to_dict") else found
-        return list(mapping.items())
-    return list(found)
+        return list((found.to_dict() if hasattr(found, "to_dict") else found).items())
+    return found if isinstance(found, list) else list(found)

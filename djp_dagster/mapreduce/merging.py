@@ -23,7 +23,7 @@ class Keeping(CombineFn[Any, Any, Any]):
     """A CombineFn whose results are its accumulators."""
 
     def __init__(self, combine: CombineFn[Any, Any, Any]) -> None:
-        self.combine, self.arrow = combine, combine.arrow
+        self.combine, self.adds = combine, combine.adds
 
     def create(self) -> Any:
         """See `CombineFn`."""
@@ -46,7 +46,7 @@ class Merging(CombineFn[Any, Any, Any]):
     """A CombineFn whose values are accumulators of another."""
 
     def __init__(self, combine: CombineFn[Any, Any, Any]) -> None:
-        self.combine, self.arrow = combine, combine.arrow
+        self.combine, self.adds = combine, combine.adds
 
     def create(self) -> Any:
         """See `CombineFn`."""

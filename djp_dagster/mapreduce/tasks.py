@@ -151,9 +151,9 @@ class _Mapping:
         for bad in block.bad:
             self._keep(bad)
         if self._form == "records":
-            pairs = self._pairs(block)
+            pairs: Sequence[tuple[Any, Any]] = self._pairs(block)
         elif block.whole is not None:
-            pairs = list(pairs_of(self._call(block.whole)))
+            pairs = pairs_of(self._call(block.whole))
         else:
             return
         self.pairs += len(pairs)

@@ -38,7 +38,7 @@ def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 
 
 def text_of(chance: random.Random, lines: int, *, vocabulary: int = 200) -> list[str]:
-    """Lines of words, some of which are far more frequent than others; empty ones, long ones, and all kinds of letters."""
+    """Lines of words, some far more frequent than others; empty ones, long ones, and all kinds of letters."""
     letters = "abcdefgäß€𝄞"
     known = ["".join(chance.choice(letters) for _ in range(chance.randint(1, 8))) for _ in range(vocabulary)]
     weights = [1 / (number + 1) for number in range(vocabulary)]

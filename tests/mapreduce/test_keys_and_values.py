@@ -33,10 +33,12 @@ SIMPLE = (
 KEYS = st.recursive(SIMPLE, lambda inner: st.lists(inner, max_size=4).map(tuple), max_leaves=8)
 DATA = st.recursive(
     SIMPLE | st.datetimes() | st.decimals(allow_nan=False) | st.complex_numbers(allow_nan=False),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
-    | st.sets(st.integers() | st.text(max_size=2), max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=3)
+        | st.sets(st.integers() | st.text(max_size=2), max_size=3)
+    ),
     max_leaves=8,
 )
 ONE_KIND = st.one_of(
@@ -75,7 +77,10 @@ class TestKeys:
         assert len(found) == len(keys)
         assert all(map(same, found, keys))
 
-    @pytest.mark.parametrize("key", [float("nan"), [1], {"a": 1}, object(), dt.datetime(2026, 1, 1), ("a", [1]), 2**4000])
+    @pytest.mark.parametrize(
+        "key",
+        [float("nan"), [1], {"a": 1}, object(), dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc), ("a", [1]), 2**4000],
+    )
     def test_what_can_be_none(self, key: Any) -> None:
         with pytest.raises(InvalidValueError, match="must be None, bool, int"):
             key_array([key])

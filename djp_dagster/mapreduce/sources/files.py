@@ -17,7 +17,9 @@ from djp_dagster.units import Size, parse_bytes
 if TYPE_CHECKING:
     from djp_dagster.claim_check.s3_settings import S3Settings
 
-_PART_BYTES = 4 << 20
+_PART_BYTES = 1 << 20
+_FAR_BYTES = 8 << 20
+_LITTLE_BYTES = 256 << 10
 _SUFFIXES = {"gz": "gzip", "gzip": "gzip", "bz2": "bz2", "zst": "zstd", "zstd": "zstd"}
 COMPRESSIONS = ("auto", "none", "gzip", "bz2", "zstd")
 
@@ -69,10 +71,19 @@ def compression_of(uri: str, compression: str) -> str:
 
 
 class Window(io.RawIOBase):
-    """An object from a position on, read in large parts; a file of its own for whoever wants one, in any order."""
+    """An object as a file, to be read from anywhere.
 
-    def __init__(self, reader: Reader, size: int, start: int = 0) -> None:
-        self._reader, self._size, self._at = reader, size, start
+    Args:
+        reader: of the object.
+        size: of the object.
+        part_bytes: ask the reader for so many at a time and hand them out piece by piece; as asked for if 0.
+        end: up to where it will be read, but for a little.
+    """
+
+    def __init__(self, reader: Reader, size: int, *, part_bytes: int = 0, end: int | None = None) -> None:
+        self._reader, self._size, self._at = reader, size, 0
+        self._part_bytes, self._end = part_bytes, size if end is None else end
+        self._part, self._part_at = b"", 0
 
     def readable(self) -> bool:
         """It is."""
@@ -94,24 +105,36 @@ class Window(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """See `io.RawIOBase`."""
         view = memoryview(buffer).cast("B")
-        body = self._reader.read_at(self._at, min(self._at + len(view), self._size))
+        body = self.read(len(view))
         view[: len(body)] = body
-        self._at += len(body)
         return len(body)
 
     def read(self, size: int = -1, /) -> bytes:
         """See `io.RawIOBase`."""
         end = self._size if size < 0 else min(self._at + size, self._size)
-        body = self._reader.read_at(self._at, end) if end > self._at else b""
+        if end <= self._at:
+            return b""
+        body = self._in_part(end) if 0 <= size < self._part_bytes else self._reader.read_at(self._at, end)
         self._at += len(body)
         return body
+
+    def _in_part(self, end: int) -> bytes:
+        """Some bytes from here on, at most up to ``end``, of a large part that is read at once."""
+        start = self._at - self._part_at
+        if not 0 <= start < len(self._part):
+            ahead = self._end if self._at < self._end else self._at + _LITTLE_BYTES
+            self._part = self._reader.read_at(self._at, max(end, min(self._at + self._part_bytes, ahead)))
+            self._part_at, start = self._at, 0
+        return self._part[start : start + end - self._at]
 
 
 @contextmanager
 def window_of(part: Range) -> Iterator[Window]:
     """The object of a range as a file that can be sought in."""
     with closing(reader_of(part.found, part.s3)) as reader:
-        yield Window(reader, part.found.size)
+        # A request to a bucket takes a while, whatever it asks for.
+        far = part.found.uri.startswith("s3://")
+        yield Window(reader, part.found.size, part_bytes=_FAR_BYTES if far else 0, end=part.end)
 
 
 @contextmanager

@@ -105,9 +105,9 @@ class JsonSplit(_LineSplit, frozen=True):
             if bad is not None:
                 yield bad
             elif form == "records":
-                filled = raw if b"\n\n" not in raw and not raw.startswith(b"\n") else None
-                block = decoded(self.uri, position, raw, self.lines, _json_or_blank(decode), _JSON_ERRORS)
-                if filled is None:
+                blank: list[None] = []
+                block = decoded(self.uri, position, raw, self.lines, _json_or_blank(decode, blank), _JSON_ERRORS)
+                if blank:
                     block = _without_blank(block)
                 yield block
             else:
@@ -131,9 +131,12 @@ _JSON_ERRORS: tuple[type[Exception], ...] = (msgspec.DecodeError, ValueError)
 _BLANK = object()
 
 
-def _json_or_blank(decode: Any) -> Any:
+def _json_or_blank(decode: Any, blank: list[None]) -> Any:
     def parse(line: str) -> Any:
-        return decode(line) if line and not line.isspace() else _BLANK
+        if line and not line.isspace():
+            return decode(line)
+        blank.append(None)
+        return _BLANK
 
     return parse
 
