@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,3 +86,17 @@ def python(code: str, *arguments: object, prefix: Sequence[str] = (), timeout_s:
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+@functools.cache
+def mounting() -> Sequence[str]:
+    """What to start a command with so that it can mount for itself; empty where that is impossible."""
+    for prefix in (["unshare", "-m"], ["unshare", "-rm"]):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*prefix, "mount", "-t", "tmpfs", "-o", "size=1m", "djp", folder]
+            try:
+                if subprocess.run(command, capture_output=True, check=False, timeout=30).returncode == 0:
+                    return prefix
+            except OSError:
+                continue
+    return []

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
 import shutil
 import sqlite3
-import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,7 @@ from djp_dagster.processing.run import run_pending
 from djp_dagster.streams.stream import EventStream, open_stream
 from djp_dagster.streams.topics import Topic
 from djp_dagster.testing import crash_at
-from tests.faults.kit import ids, numbered, python, sources
+from tests.faults.kit import ids, mounting, numbered, python, sources
 
 NUMBERS = Topic("numbers")
 COPIES = Topic("copies")
@@ -131,20 +129,6 @@ def test_a_file_that_may_not_be_written(common: Path, folder_mode: int) -> None:
 
 
 # Mounts
-
-
-@functools.cache
-def mounting() -> Sequence[str]:
-    """What to start a command with so that it can mount for itself; empty where that is impossible."""
-    for prefix in (["unshare", "-m"], ["unshare", "-rm"]):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [*prefix, "mount", "-t", "tmpfs", "-o", "size=1m", "djp", folder]
-            try:
-                if subprocess.run(command, capture_output=True, check=False, timeout=30).returncode == 0:
-                    return prefix
-            except OSError:
-                continue
-    return []
 
 
 READ_ONLY = """

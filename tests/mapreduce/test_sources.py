@@ -206,7 +206,7 @@ class TestTopics:
             ends = {at.partition: span.end for at, span in stream.log.spans(["orders"]).items()}
             middle = stream.log.append_time_of(TopicPartition("orders", 0), ends[0] // 2)
         assert middle is not None
-        since = {partition: 5 for partition in ends}
+        since = dict.fromkeys(ends, 5)
         until = {partition: end - 5 for partition, end in ends.items()}
         found = records_of(djp.TopicRange(orders, stream=file, since=since, until=until))
         assert {(one.partition, one.offset) for one in found} == {
