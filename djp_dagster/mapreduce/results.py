@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from djp_dagster.errors import InvalidSettingError, SourceError, TableSchemaError
+from djp_dagster.mapreduce.keys import keys_of
 from djp_dagster.mapreduce.place import Piece, WorkPlace
 from djp_dagster.mapreduce.runs import OpenRun, Rows
 from djp_dagster.mapreduce.sources.base import Bad
@@ -261,8 +262,8 @@ def _table(rows: Rows, columns: Sequence[str]) -> "pa.RecordBatch":
 
     keys, values = _key_columns(rows), _value_columns(rows)
     for one, other in ((keys, values), (keys, None), (None, values), (None, None)):
-        found = [*(one or [_whole(keys, rows, is_key=True)]), *(other or [_whole(values, rows, is_key=False)])]
-        if len(found) == len(columns):
+        if len(columns) == (len(one) if one else 1) + (len(other) if other else 1):
+            found = [*(one or [_keys(rows)]), *(other or [_values(rows)])]
             return pa.RecordBatch.from_arrays(found, names=list(columns))
     raise InvalidSettingError(
         f"columns={list(columns)!r}: a result has {len(keys or [0])} columns of keys and {len(values or [0])} of "
@@ -274,8 +275,6 @@ def _table(rows: Rows, columns: Sequence[str]) -> "pa.RecordBatch":
 
 def _key_columns(rows: Rows) -> "list[pa.Array[Any]] | None":
     """The columns that keys which are tuples consist of; None if they are none."""
-    from djp_dagster.mapreduce.keys import keys_of
-
     if rows.kind != "encoded":
         return None
     keys = keys_of(rows.kind, rows.keys)
@@ -288,11 +287,11 @@ def _value_columns(rows: Rows) -> "list[pa.Array[Any]] | None":
     return list(rows.values.flatten()) if kind_of(rows.field) == "tuple" else None
 
 
-def _whole(split: Any, rows: Rows, *, is_key: bool) -> "pa.Array[Any]":
-    from djp_dagster.mapreduce.keys import keys_of
+def _keys(rows: Rows) -> "pa.Array[Any]":
+    return rows.keys if rows.kind != "encoded" else _column(keys_of(rows.kind, rows.keys))
 
-    if is_key:
-        return rows.keys if rows.kind != "encoded" else _column(keys_of(rows.kind, rows.keys))
+
+def _values(rows: Rows) -> "pa.Array[Any]":
     if kind_of(rows.field) in ("pickle", "tuple"):
         return _column(values_of(rows.field, rows.values))
     return rows.values

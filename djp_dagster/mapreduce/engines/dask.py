@@ -47,13 +47,14 @@ class Dask:
         self._client: Any = Client(cluster) if isinstance(cluster, str) else cluster
         self.slots = max(1, sum(self._client.nthreads().values()))
         self._job = uuid.uuid4().hex
-        self._setup: Any = None
+        self._setup = b""
         self._running: dict[str, tuple[Attempt, Any]] = {}
         self._inbox: queue.SimpleQueue[str | tuple[str, int]] = queue.SimpleQueue()
 
     def start(self, setup: Setup) -> None:
         """See `Engine`."""
-        self._setup = self._client.scatter(dumps_by_value(setup), broadcast=True, hash=False)
+        # With each task, not scattered: what is scattered is lost if all workers die at once.
+        self._setup = dumps_by_value(setup)
         self._client.subscribe_topic(self._job, lambda event: self._inbox.put(event[1]))
 
     def submit(self, attempt: Attempt) -> None:
@@ -93,7 +94,6 @@ class Dask:
         running, self._running = self._running, {}
         for _, future in running.values():
             future.cancel()
-        self._setup = None
         if self._own:
             self._client.close()
 
