@@ -18,12 +18,14 @@ from djp_dagster.errors import InvalidValueError, PayloadStoreUnavailableError, 
 from djp_dagster.mapreduce.combining import CombineFn
 from djp_dagster.mapreduce.grouping import combined
 from djp_dagster.mapreduce.keys import partitions_of
-from djp_dagster.mapreduce.runs import OpenRun, Rows, alike, in_order, merged, rows_of, write_run
+from djp_dagster.mapreduce.runs import OpenRun, Rows, alike, in_order, joined, merged, rows_of, write_run
 
 _ENTRY_BYTES = 110
 """Of a dict, for each key, as long as it grows."""
 _SAMPLE = 64
 _MOST_SPILLS = 64
+_PAIRS = 1 << 15
+"""Kept as Python objects."""
 
 
 class Section(NamedTuple):
@@ -63,8 +65,8 @@ class Buffer(ABC):
         """About how much memory is taken."""
 
     @abstractmethod
-    def _drained(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any] | None]:
-        """Keys, values, and sort keys; nothing is in memory then."""
+    def _sorted_parts(self) -> Iterator[tuple[int, Rows]]:
+        """What is in memory: for each partition that has any its rows, sorted; nothing is in memory then."""
 
     @abstractmethod
     def _merge(self, runs: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
@@ -98,30 +100,13 @@ class Buffer(ABC):
             if runs:
                 yield partition, alike(self._merge(runs), schemas) if len(runs) > 1 else runs[0]
 
-    def _sorted_parts(self) -> Iterator[tuple[int, Rows]]:
-        keys, values, sort_keys = self._drained()
-        if not keys:
-            return
-        if self._partitions == 1:
-            yield 0, in_order(rows_of(keys, values, sort_keys))
-            return
-        found: list[list[int]] = [[] for _ in range(self._partitions)]
-        for number, partition in enumerate(partitions_of(keys, self._partitions, self._partition_by)):
-            found[partition].append(number)
-        for partition, numbers in enumerate(found):
-            if numbers:
-                mine = [
-                    None if column is None else [column[number] for number in numbers]
-                    for column in (keys, values, sort_keys)
-                ]
-                yield partition, in_order(rows_of(mine[0] or [], mine[1] or [], mine[2]))
-
     def _spill(self) -> None:
         if len(self._spills) >= _MOST_SPILLS:
             self._merge_spills()
         with self._new_file() as (file, sections):
             for partition, rows in self._sorted_parts():
                 sections[partition] = self._write(file, iter((rows,)))
+        release_unused()
 
     def _merge_spills(self) -> None:
         """Make one spilled run of all, so that a task of any size has few files."""
@@ -182,11 +167,21 @@ class CombiningBuffer(Buffer):
             self._weighed, self._entry_bytes = self._folded, total / max(1, len(sample)) + _ENTRY_BYTES
         return int(len(self._table) * self._entry_bytes)
 
-    def _drained(self) -> tuple[Sequence[Any], Sequence[Any], None]:
+    def _sorted_parts(self) -> Iterator[tuple[int, Rows]]:
         keys, values = list(self._table), list(self._table.values())
         self._table.clear()
         self._folded = self._weighed = 0
-        return keys, values, None
+        if not keys:
+            return
+        if self._partitions == 1:
+            yield 0, in_order(rows_of(keys, values))
+            return
+        found: list[list[int]] = [[] for _ in range(self._partitions)]
+        for number, partition in enumerate(partitions_of(keys, self._partitions, self._partition_by)):
+            found[partition].append(number)
+        for partition, numbers in enumerate(found):
+            if numbers:
+                yield partition, in_order(rows_of([keys[one] for one in numbers], [values[one] for one in numbers]))
 
     def _merge(self, runs: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
         return combined(merged(runs), self._combine)
@@ -211,29 +206,62 @@ class GroupingBuffer(Buffer):
         self._sort_by = sort_by
         self._keys: list[Any] = []
         self._values: list[Any] = []
-        self._pair_bytes = 0.0
+        self._chunks: list[tuple[Rows, Any]] = []
+        self._chunk_bytes = 0
 
     def fold(self, pairs: Sequence[tuple[Any, Any]]) -> None:
-        """See `Buffer`."""
-        columns = list(zip(*pairs, strict=True))
-        if columns:
-            keys, values = columns
+        """See `Buffer`. Pairs become columns soon: as Python objects they would take many times the memory."""
+        for keys, values in (zip(*pairs, strict=True),) if pairs else ():
             self._keys += keys
             self._values += values
-            step = max(1, len(keys) // _SAMPLE)
-            sample = [size_of(key) + size_of(value) for key, value in zip(keys[::step], values[::step], strict=True)]
-            self._pair_bytes = max(self._pair_bytes, sum(sample) / len(sample) + 16)
+        if len(self._keys) >= _PAIRS:
+            self._pack()
 
-    def _bytes(self) -> int:
-        return int(len(self._keys) * self._pair_bytes)
+    def _pack(self) -> None:
+        import numpy as np
 
-    def _drained(self) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any] | None]:
         keys, self._keys = self._keys, []
         values, self._values = self._values, []
-        return keys, values, None if self._sort_by is None else list(map(self._sort_by, values))
+        if not keys:
+            return
+        partitions = np.zeros(len(keys), np.int32)
+        if self._partitions > 1:
+            partitions[:] = partitions_of(keys, self._partitions, self._partition_by)
+        rows = rows_of(keys, values, None if self._sort_by is None else list(map(self._sort_by, values)))
+        self._chunks.append((rows, partitions))
+        self._chunk_bytes += rows.nbytes + partitions.nbytes
+
+    def _bytes(self) -> int:
+        # They are there three times while they are sorted: in chunks, in one piece, and in order.
+        return 3 * self._chunk_bytes
+
+    def _sorted_parts(self) -> Iterator[tuple[int, Rows]]:
+        import numpy as np
+        import pyarrow as pa
+
+        self._pack()
+        chunks, self._chunks, self._chunk_bytes = self._chunks, [], 0
+        if not chunks:
+            return
+        rows = joined([rows for rows, _ in chunks])
+        partitions = np.concatenate([numbers for _, numbers in chunks])
+        chunks.clear()
+        for partition in range(self._partitions):
+            mine = np.flatnonzero(partitions == partition)
+            if len(mine) == len(rows):
+                yield partition, in_order(rows)
+            elif len(mine):
+                yield partition, in_order(rows.take(pa.array(mine)))
 
     def _merge(self, runs: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
         return merged(runs)
+
+
+def release_unused() -> None:
+    """Give memory back that Arrow keeps for later: other parts of the process count on it."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
 
 
 def size_of(value: Any, depth: int = 2) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from djp_dagster.errors import BadRecordsError, DjpError
-from djp_dagster.mapreduce.buffers import Buffer, CombiningBuffer, GroupingBuffer, wrong_pairs
+from djp_dagster.mapreduce.buffers import Buffer, CombiningBuffer, GroupingBuffer, release_unused, wrong_pairs
 from djp_dagster.mapreduce.grouping import combined, extracted, reduced
 from djp_dagster.mapreduce.job import MapReduce, pairs_of
 from djp_dagster.mapreduce.place import Piece, WorkPlace, attempt_name
@@ -109,6 +109,7 @@ def run_map(
         for partition, rows in buffer.finish():
             pieces.append(place.write(attempt, partition, _beating(rows, beat)))
         spilled = buffer.spilled_bytes
+    release_unused()
     answer = MapAnswer(
         pieces=pieces,
         records=mapping.records,
