@@ -83,7 +83,8 @@ def map_reduce_asset(
 
         def run_map_reduce(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
             result = run_in_step(context, wanted, source, engine=engine, work=work)
-            return dg.MaterializeResult(value=_value(result, output, names), metadata=report_metadata(result, names))
+            metadata = report_metadata(result, names)
+            return dg.MaterializeResult(value=_value(result, output, names), metadata=metadata)
 
         made: dg.AssetsDefinition = dg.asset(required_resource_keys=resources_of(source), **options)(run_map_reduce)
         return made
