@@ -1,13 +1,18 @@
-"""The demonstration: a shop whose clicks, orders and uploads are streamed and batched. Read it top to bottom.
+"""The demonstration: a shop whose clicks, orders and uploads are streamed and batched, and whose logs are counted.
 
+Read it top to bottom.
 `make demo` runs it with traffic. Nothing here is special to a demonstration but the sensors and schedules being on from
 the start (the library's are off until somebody turns them on).
 """
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import dagster as dg
 import pandas as pd
 
 import djp_dagster as djp
+from demo import access_logs
 from demo.media import measure
 from demo.prices import prices
 
@@ -122,6 +127,85 @@ def cheapest_hours(price_history: pd.DataFrame) -> pd.DataFrame:
     return hourly.groupby("product_id").idxmin().map(lambda found: found[1]).rename("hour").reset_index()
 
 
+#    MapReduce: functions of a line, or of a record, whatever the number of files, processors or keys. Damaged lines are
+#    kept aside. `DJP_LOGS` names logs of your own, such as /var/log/nginx/*.gz or s3://logs/**.
+
+logs = djp.TextFiles(access_logs.pattern())
+
+
+@dg.asset(group_name="logs")
+def web_logs() -> dg.MaterializeResult[None]:
+    """The access logs of the last days, a compressed file for each; made up, unless DJP_LOGS names others."""
+    return dg.MaterializeResult(metadata={"pattern": access_logs.pattern(), "lines a day": access_logs.make()})
+
+
+from_logs = {"group_name": "logs", "deps": [web_logs]}
+
+
+@djp.map_reduce_asset(source=logs, combine=djp.Sum(), columns=("page", "views"), max_bad_fraction=0.01, asset=from_logs)
+def page_views(line: str) -> Iterator[tuple[str, int]]:
+    """How often each page was asked for."""
+    yield access_logs.hit(line).page, 1
+
+
+@djp.map_reduce_asset(
+    source=logs, combine=djp.Count(), columns=("site", "visits"), max_bad_fraction=0.01, asset=from_logs
+)
+def referrers(line: str, task: djp.MapTask) -> Iterator[tuple[str, None]]:
+    """Which other sites people come from; a counter says how many came from none."""
+    site = urlsplit(access_logs.hit(line).referrer).hostname
+    if site is None:
+        task.count("from nowhere")
+    else:
+        yield site, None
+
+
+def times(line: str) -> Iterator[tuple[str, float]]:
+    """When each visitor asked for a page."""
+    found = access_logs.hit(line)
+    yield found.visitor, found.at
+
+
+def sessions(visitor: str, at: Iterator[float]) -> tuple[int, int]:
+    """How often the visitor came, at least half an hour after the last time; and for how many pages."""
+    count, hits, last = 0, 0, float("-inf")
+    for moment in at:  # sorted, one by one: a visitor may have more than fit into memory
+        count += moment - last > 1800
+        hits, last = hits + 1, moment
+    return count, hits
+
+
+visits = djp.map_reduce_asset(
+    source=logs,
+    key="visits",
+    columns=("visitor", "sessions", "pages"),
+    reduce=sessions,
+    sort_values=True,
+    max_bad_fraction=0.01,
+    asset=from_logs,
+)(times)
+
+
+def by_product(order: djp.Record) -> Iterator[tuple[str, tuple[str, float]]]:
+    """An order's product, its id and its amount."""
+    yield order.data["product_id"], (order.id, float(order.data["amount"]))
+
+
+def total(product_id: str, placed: Iterator[tuple[str, float]]) -> float:
+    """The amount of all orders; one that was published twice counts once."""
+    return round(sum(dict(placed).values()), 2)
+
+
+sales = djp.map_reduce_asset(
+    source=djp.TopicRange(orders),  # the stream as it is now: nothing is consumed
+    key="sales",
+    columns=("product_id", "amount"),
+    reduce=total,
+    max_bad_fraction=0.05,
+    asset={"group_name": "shop"},
+)(by_product)
+
+
 checks = [
     djp.build_stream_checks(recommend, max_lag_age="1min", worker=True),
     djp.build_stream_checks(fraud, max_lag_age="1min"),
@@ -153,7 +237,12 @@ order_files_schedule = djp.build_batch_schedule(
 # 5. All of it.
 
 defs = dg.Definitions(
-    assets=[*topics, *consumers, revenue, price_history, cheapest_hours],
+    assets=[
+        *topics,
+        *consumers,
+        *(revenue, price_history, cheapest_hours),
+        *(web_logs, page_views, referrers, visits, sales),
+    ],
     asset_checks=checks,
     jobs=[  # for the Launchpad: publish an event by hand, send dead letters through their handler again, move a group
         djp.build_publish_job(orders, clicks, user_updates),

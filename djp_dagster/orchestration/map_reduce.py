@@ -15,7 +15,7 @@ from djp_dagster.mapreduce.results import MapReduceResult
 from djp_dagster.mapreduce.running import map_reduce
 from djp_dagster.mapreduce.sources.base import Source
 from djp_dagster.mapreduce.sources.topics import TopicRange
-from djp_dagster.orchestration.tags import STREAM_KEY
+from djp_dagster.orchestration.tags import STREAM_KEY, topic_key
 from djp_dagster.resources.payload_stores import default_payload_store
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ def run_in_step(
 def resources_of(source: AnySource) -> set[str]:
     """The keys of the resources that a step needs to read a source."""
     return {STREAM_KEY} if isinstance(source, TopicRange) and source.open is None else set()
+
+
+def topics_of(source: AnySource) -> list[dg.AssetKey]:
+    """The assets of the topics that a source reads."""
+    return [topic_key(source.topic)] if isinstance(source, TopicRange) else []
 
 
 def _source_of(context: Context, source: AnySource) -> Source:

@@ -22,7 +22,14 @@ from djp_dagster.mapreduce.combining import CombineFn
 from djp_dagster.mapreduce.job import Mapper, MapReduce, as_job
 from djp_dagster.mapreduce.merging import COLUMNS, accumulators, keeping_accumulators, merge_accumulators
 from djp_dagster.mapreduce.results import MapReduceResult
-from djp_dagster.orchestration.map_reduce import AnySource, EngineChoice, report_metadata, resources_of, run_in_step
+from djp_dagster.orchestration.map_reduce import (
+    AnySource,
+    EngineChoice,
+    report_metadata,
+    resources_of,
+    run_in_step,
+    topics_of,
+)
 
 Output = Literal["pandas", "arrow", "accumulators"]
 
@@ -50,7 +57,8 @@ def map_reduce_asset(
         key: of the asset; the mapper's name unless given.
         work: where tasks hand things to each other, and where a run that failed is gone on with. The payload store of
             the code location unless given: a folder under DAGSTER_HOME, or the bucket ``DJP_S3_BUCKET``.
-        asset: what else ``dg.asset`` takes, such as ``partitions_def, group_name, deps, owners, tags``.
+        asset: what else ``dg.asset`` takes, such as ``partitions_def, group_name, deps, owners, tags``. An asset over a
+            topic is downstream of it without that.
         **settings: of `MapReduce`, such as ``combine``.
 
     Raises:
@@ -80,6 +88,7 @@ def map_reduce_asset(
             "code_version": job.code_version,
             **(asset or {}),
         }
+        options["deps"] = [*topics_of(source), *options.get("deps", ())]
 
         def run_map_reduce(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
             result = run_in_step(context, wanted, source, engine=engine, work=work)

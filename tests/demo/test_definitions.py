@@ -1,5 +1,6 @@
 """The definitions load, and their handlers do what the tour says."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,15 @@ from definitions import (
     fraud_alerts,
     order_files,
     orders,
+    page_views,
     price_history,
     recommend,
+    referrers,
+    sales,
+    visits,
+    web_logs,
 )
+from demo import access_logs
 from demo.home import REPOSITORY
 from demo.media import IMAGES, MP4, PNG, medium
 from djp_dagster.testing import run_consumer
@@ -166,3 +173,57 @@ def test_the_cheapest_hours_follow_from_the_prices_and_stay_fresh(tmp_path: Path
         assert made["cheapest_hours"].materialization.metadata["djp/inline"].value is True
     assert versions[0] == versions[1]
     assert set(done.output_for_node("cheapest_hours").columns) == {"product_id", "hour"}
+
+
+def test_the_logs_are_counted(tmp_path: Path, monkeypatch) -> None:
+    """Against pandas, on the lines that are not damaged."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setattr(access_logs, "_LINES", 500)
+    monkeypatch.setattr(access_logs, "_DAMAGED", 0.005)
+    monkeypatch.chdir(tmp_path)
+    asked = djp.TextFiles(access_logs.pattern())
+    monkeypatch.setattr("definitions.logs.paths", asked.paths)
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = dg.materialize(
+            [web_logs, page_views, referrers, visits],
+            instance=instance,
+            resources={"io_manager": djp.ClaimCheckIOManager(store=djp.LocalPayloadStore(folder=str(tmp_path / "p")))},
+        )
+    lines = [line for path in sorted(tmp_path.glob("access_logs/*.gz")) for line in gzip_lines(path)]
+    hits = pd.DataFrame([access_logs.hit(line) for line in lines if line.endswith('"Mozilla/5.0"')])
+    assert 1400 < len(hits) < len(lines) == 1500
+
+    views = done.output_for_node("page_views").set_index("page")["views"]
+    assert views.to_dict() == hits["page"].value_counts().to_dict()
+    assert "?" not in "".join(views.index)
+    sites = done.output_for_node("referrers").set_index("site")["visits"]
+    expected = hits["referrer"].str.extract(r"https://([^/]+)/")[0].dropna().value_counts()
+    assert sites.to_dict() == expected.to_dict()
+    (shown,) = done.asset_materializations_for_node("page_views")
+    assert shown.metadata["bad_records"].value == len(lines) - len(hits)
+
+    hits = hits.sort_values(["visitor", "at"])
+    begins = hits.groupby("visitor")["at"].diff().fillna(float("inf")) > 1800
+    found = done.output_for_node("visits").set_index("visitor")
+    assert found["sessions"].to_dict() == begins.groupby(hits["visitor"]).sum().to_dict()
+    assert found["pages"].to_dict() == hits["visitor"].value_counts().to_dict()
+
+
+def gzip_lines(path: Path) -> list[str]:
+    return gzip.decompress(path.read_bytes()).decode().splitlines()
+
+
+def test_sales_count_an_order_once(tmp_path: Path) -> None:
+    event_stream = djp.SqlEventStream(url=f"sqlite:///{tmp_path / 'stream.db'}")
+    twice = order(product_id="p1", amount=5)
+    with event_stream.open() as stream, dg.DagsterInstance.ephemeral() as instance:
+        stream.create_topic(orders)
+        many = [order(product_id=f"p{n % 3}", amount=n) for n in range(60)]
+        stream.publish(orders, [*many, twice, twice, order(product_id="p1", amount=None)])
+        manager = djp.ClaimCheckIOManager(store=djp.LocalPayloadStore(folder=str(tmp_path / "p")))
+        done = dg.materialize(
+            [sales], instance=instance, resources={"event_stream": event_stream, "io_manager": manager}
+        )
+    table = done.output_for_node("sales").set_index("product_id")["amount"]
+    expected = {f"p{rest}": float(sum(range(rest, 60, 3))) for rest in range(3)}
+    assert table.to_dict() == {**expected, "p1": expected["p1"] + 5}
