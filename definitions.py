@@ -182,7 +182,7 @@ visits = djp.map_reduce_asset(
     reduce=sessions,
     sort_values=True,
     max_bad_fraction=0.01,
-    asset=from_logs,
+    asset={**from_logs, "description": sessions.__doc__},
 )(times)
 
 
@@ -202,7 +202,7 @@ sales = djp.map_reduce_asset(
     columns=("product_id", "amount"),
     reduce=total,
     max_bad_fraction=0.05,
-    asset={"group_name": "shop"},
+    asset={"group_name": "shop", "description": total.__doc__},
 )(by_product)
 
 

@@ -15,8 +15,33 @@ from rich.table import Table
 
 from benchmarks.harness import Row, Settings
 
-NAMES = ("append", "consume", "quix", "latency", "pending", "ticks", "drain", "workers", "imports", "claim_check")
-_PACKAGES = ("djp-dagster", "dagster", "msgspec", "sqlalchemy", "quixstreams", "confluent-kafka", "noida-db")
+NAMES = (
+    "append",
+    "consume",
+    "quix",
+    "latency",
+    "pending",
+    "ticks",
+    "drain",
+    "workers",
+    "imports",
+    "claim_check",
+    "map_reduce",
+)
+_PACKAGES = (
+    "djp-dagster",
+    "dagster",
+    "msgspec",
+    "sqlalchemy",
+    "quixstreams",
+    "confluent-kafka",
+    "noida-db",
+    "duckdb",
+    "polars",
+    "dask",
+    "pyspark",
+    "mrjob",
+)
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ TOUR = """
   6. {url}/assets/price_history
      Materialize it: 1.75 million rows go to the payload store, a pointer says which are current. Do it again: the same
      prices have the same data version, and what is made of them stays fresh. Uploads go there too: djp claims gc
-  7. {url}/asset-groups/shop/__repository__/logs
-     Materialize all: access logs are counted by page, by site and by visitor, on all processors if there are many.
-     Damaged lines are kept aside, and shown. Over the stream as it is now: {url}/assets/sales
+  7. {url}/assets/page_views
+     MapReduce: materialize web_logs, then this: access logs counted by page; referrers and visits likewise. Damaged
+     lines are kept aside, and shown. {url}/assets/sales adds up the orders in the stream.
 """
 
 

@@ -1,16 +1,19 @@
-"""What the page on the claim check shows, runs."""
+"""What the pages show, runs."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "claim-check.md"
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLES = {"claim-check.md": 2, "map-reduce.md": 2}
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_examples_of_the_claim_check(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "number"), [(page, number) for page, count in EXAMPLES.items() for number in range(count)]
+)
+def test_the_examples_of(page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    codes = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(codes) == 2
-    exec(compile(codes[number], str(PAGE), "exec"), {"__name__": "example"})
+    codes = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    assert len(codes) == EXAMPLES[page]
+    exec(compile(codes[number], page, "exec"), {"__name__": "example"})

@@ -177,6 +177,17 @@ class EventStream:
             OffsetOutOfRangeError: ``start`` is below retention.
             UndecodableRecordError: a record's bytes are no event.
         """
+        for records, _ in self.record_batches(topic, partition, start, end):
+            yield from records
+
+    def record_batches(
+        self, topic: str | Topic, partition: int, start: int | None = None, end: int | None = None
+    ) -> Iterator[tuple[list[Record], int]]:
+        """The same as lists, as they are stored; and about how many encoded bytes each is.
+
+        Raises:
+            OffsetOutOfRangeError, UndecodableRecordError: as `records`.
+        """
         from djp_dagster.errors import UndecodableRecordError
 
         at = TopicPartition(_name(topic), partition)
@@ -194,7 +205,7 @@ class EventStream:
                         partition=partition,
                         offset=bad[0].offset,
                     )
-                yield from records
+                yield records, round(len(batch.blob) * len(records) / (batch.end_offset - batch.base_offset))
                 offset = min(batch.end_offset, stop)
 
     def groups(self) -> list[GroupInfo]:

@@ -15,7 +15,7 @@ from djp_dagster.streams.records import Record, TopicPartition
 from djp_dagster.streams.stream import EventStream, open_stream
 from djp_dagster.streams.topics import Topic
 
-_ROWS = 1 << 13
+_ROWS = 1 << 11
 _EVENTS = 500_000
 _EVENT_BYTES = 256
 """About, where a split must say how many bytes it has."""
@@ -131,17 +131,18 @@ class TopicSplit(msgspec.Struct, frozen=True):
         with self.open() as stream:
             if stream.incarnation != self.incarnation:
                 raise SourceError("another stream lies where the topic was when the job began", uri=self.uri)
-            records: list[Record] = []
-            for record in stream.records(self.topic, self.partition, self.start, self.end):
-                records.append(record)
-                if len(records) == _ROWS:
-                    yield _block(records, form)
-                    records = []
-            if records:
-                yield _block(records, form)
+            waiting: list[Record] = []
+            size = 0
+            for records, more in stream.record_batches(self.topic, self.partition, self.start, self.end):
+                waiting, size = waiting + records if waiting else records, size + more
+                if len(waiting) >= _ROWS:
+                    yield _block(waiting, size, form)
+                    waiting, size = [], 0
+            if waiting:
+                yield _block(waiting, size, form)
 
 
-def _block(records: list[Record], form: Form) -> Block:
+def _block(records: list[Record], size: int, form: Form) -> Block:
     whole: Any = None
     if form != "records":
         from djp_dagster.processing.tables import RowCollector
@@ -153,9 +154,9 @@ def _block(records: list[Record], form: Form) -> Block:
     return Block(
         records=records,
         whole=whole,
-        size=len(records) * _EVENT_BYTES,
+        size=size,
         count=len(records),
-        locate=lambda number: (records[number].offset, repr(records[number].id).encode()),
+        locate=lambda number: (records[number].offset, records[number].id.encode()),
     )
 
 
