@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -147,16 +148,22 @@ class MapReduce:
             return result.to_dict()
 
     def identity(self) -> str:
-        """What decides the results: equal for equal code and settings."""
-        code = [_source(one) for one in (self.mapper, self.reduce, self.partition_by, self.sort_by)]
-        combine = "" if self.combine is None else f"{type(self.combine).__qualname__} {vars(self.combine)}"
-        text = repr((code, combine, self.batch, self.max_bad_fraction))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """What decides the results: equal only for equal code, settings, and values that functions hold on to."""
+        held = [_held(one) for one in self._functions()]
+        return hashlib.sha256(repr((self._code(), held)).encode()).hexdigest()
 
     @property
     def code_version(self) -> str:
-        """Changes with the source of the functions."""
-        return self.identity()[:12]
+        """Changes with the source of the functions, and with settings that decide the results."""
+        return hashlib.sha256(repr(self._code()).encode()).hexdigest()[:12]
+
+    def _functions(self) -> tuple[Any, ...]:
+        return self.mapper, self.reduce, self.partition_by, self.sort_by, self.combine
+
+    def _code(self) -> tuple[Any, ...]:
+        sources = [_source(one) for one in self._functions()]
+        settings = None if self.combine is None else sorted(vars(self.combine).items())
+        return self.name, sources, repr(settings), self.batch, self.max_bad_fraction
 
 
 def as_job(mapper: "Mapper | MapReduce", settings: dict[str, Any]) -> MapReduce:
@@ -187,16 +194,34 @@ def _wants_task(function: Callable[..., Any]) -> bool:
         return False
 
 
-def _source(function: Callable[..., Any] | None) -> str:
-    if function is None:
-        return ""
-    module = inspect.getmodule(function)
+def _source(thing: Any) -> tuple[str, str]:
+    """Its name, and the source of its module: two functions of one module are two."""
+    if thing is None:
+        return "", ""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    name = f"{getattr(named, '__module__', '')}.{named.__qualname__}"
+    module = inspect.getmodule(named)
     try:
-        return inspect.getsource(module if module is not None and module.__name__ != "__main__" else function)
+        return name, inspect.getsource(module if module is not None and module.__name__ != "__main__" else named)
     except (OSError, TypeError):
         from djp_dagster.processing.consumer import bytecode
 
-        return bytecode(function)
+        return name, bytecode(named)
+
+
+def _held(thing: Any) -> str:
+    """A hash of what it holds on to: the code itself, values of enclosing functions, defaults, attributes."""
+    import cloudpickle
+
+    held = thing
+    if inspect.isfunction(thing):
+        code = thing.__code__
+        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        held = (code.co_code, repr(code.co_consts), code.co_names, cells, thing.__defaults__, thing.__kwdefaults__)
+    try:
+        return hashlib.sha256(cloudpickle.dumps(held)).hexdigest()
+    except Exception:  # noqa: BLE001  what cannot be compared is never the same again
+        return uuid.uuid4().hex
 
 
 def pairs_of(found: Any) -> Sequence[tuple[Any, Any]]:

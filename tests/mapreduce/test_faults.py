@@ -234,16 +234,17 @@ import sys
 import djp_dagster as djp
 from tests.mapreduce.test_faults import slow_after
 djp.map_reduce(
-    slow_after(sys.argv[2], int(sys.argv[3])), djp.TextFiles(sys.argv[1], split_bytes=20_000), combine=djp.Sum(),
-    engine=djp.Processes(2), work=sys.argv[4] or None, temp_folder=sys.argv[5],
+    slow_after(sys.argv[2]), djp.TextFiles(sys.argv[1], split_bytes=20_000), combine=djp.Sum(),
+    engine=djp.Processes(2), work=sys.argv[3] or None, temp_folder=sys.argv[4],
 )
 """
 
 
-def slow_after(folder: str, calls: int) -> Any:
-    """`words` for so many blocks, then it waits; and says that it does."""
+def slow_after(folder: str) -> Any:
+    """`words` for as many blocks as a file beside the folder says, then it waits; and says that it does."""
 
     def mapper(block: bytes) -> Any:
+        calls = int(Path(f"{folder}-calls").read_text())
         if not any(once(Path(folder), f"call-{number}") for number in range(calls)):
             (Path(folder) / f"waiting-{os.getpid()}").touch()
             time.sleep(600)
@@ -263,7 +264,8 @@ class TestKilled:
         code = CHILD.replace("combine=djp.Sum()", "combine=djp.Sum(), batch=True")
         temp = tmp_path / "temp"
         temp.mkdir()
-        arguments = [source.paths[0], str(marks), "2", "", str(temp)]
+        Path(f"{marks}-calls").write_text("2")
+        arguments = [source.paths[0], str(marks), "", str(temp)]
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=REPOSITORY)
         try:
             until(lambda: len(list(marks.glob("waiting-*"))) == 2)
@@ -283,7 +285,8 @@ class TestKilled:
         code = ("import djp_dagster.mapreduce.running as running\nrunning._SMALL_BYTES = 0\n" + CHILD).replace(
             "combine=djp.Sum()", "combine=djp.Sum(), batch=True, reducers=2"
         )
-        arguments = [source.paths[0], str(marks), "5", str(work), str(temp)]
+        Path(f"{marks}-calls").write_text("5")
+        arguments = [source.paths[0], str(marks), str(work), str(temp)]
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=REPOSITORY)
         try:
             until(lambda: len(list(marks.glob("waiting-*"))) == 2)
@@ -294,8 +297,9 @@ class TestKilled:
         total = len(source.plan())
         for path in marks.glob("*"):
             path.unlink()
+        Path(f"{marks}-calls").write_text("1000000")
         with djp.map_reduce(
-            slow_after(str(marks), 10**6), source, combine=djp.Sum(), batch=True, reducers=2, engine="inline", work=work
+            slow_after(str(marks)), source, combine=djp.Sum(), batch=True, reducers=2, engine="inline", work=work
         ) as result:
             assert result.to_dict() == counted(lines)
             assert result.report.resumed == 5

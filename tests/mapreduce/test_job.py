@@ -99,6 +99,76 @@ class TestSettings:
         assert one == djp.MapReduce(words, combine=djp.TopK(1), memory="1GiB", max_attempts=9).code_version
 
 
+class TestIdentity:
+    """What an earlier run has left is used by the same job only."""
+
+    @staticmethod
+    def numbered(number: int) -> Any:
+        def mapper(item: Any, more: int = 0) -> Any:
+            return [(number, item)]
+
+        return mapper
+
+    def test_equal_jobs(self) -> None:
+        one, other = (djp.MapReduce(self.numbered(7), combine=djp.Sum()).identity() for _ in range(2))
+        assert one == other
+
+    def test_in_another_process(self) -> None:
+        code = (
+            "import djp_dagster as djp; from tests.mapreduce.kit import words; "
+            "job = djp.MapReduce(words, combine=djp.TopK(3), max_bad_fraction=0.1); "
+            "print(job.identity(), job.code_version)"
+        )
+        told = {
+            subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=Path(__file__).resolve().parents[2],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for seed in ("1", "2")
+        }
+        assert len(told) == 1
+
+    def test_others(self) -> None:
+        def mapper(item: Any) -> Any:
+            return [(item, 1)]
+
+        def another(item: Any) -> Any:
+            return [(item, 1)]
+
+        class Twice(djp.Sum):
+            def add(self, accumulator: Any, value: Any) -> Any:
+                return accumulator + 2 * value
+
+        jobs = [
+            djp.MapReduce(mapper, combine=djp.Sum()),
+            djp.MapReduce(another, combine=djp.Sum()),
+            djp.MapReduce(mapper, combine=djp.Count()),
+            djp.MapReduce(mapper, combine=Twice()),
+            djp.MapReduce(mapper, combine=djp.TopK(1)),
+            djp.MapReduce(mapper, combine=djp.TopK(2)),
+            djp.MapReduce(mapper, combine=djp.Sum(), max_bad_fraction=0.1),
+            djp.MapReduce(mapper, combine=djp.Sum(), partition_by=str),
+            djp.MapReduce(mapper, combine=djp.Sum(), batch=True),
+            djp.MapReduce(mapper, reduce=lambda key, values: 1),
+            djp.MapReduce(mapper, reduce=lambda key, values: 2),
+            djp.MapReduce(mapper, reduce=lambda key, values: 1, sort_values=True),
+            djp.MapReduce(self.numbered(1), combine=djp.Sum()),
+            djp.MapReduce(self.numbered(2), combine=djp.Sum()),
+        ]
+        assert len({job.identity() for job in jobs}) == len(jobs)
+
+    def test_what_cannot_be_compared(self) -> None:
+        import threading
+
+        lock = threading.Lock()
+        jobs = [djp.MapReduce(lambda item: [(item, lock)], combine=djp.Sum()) for _ in range(2)]
+        assert jobs[0].identity() != jobs[1].identity()
+
+
 class TestEngineChoice:
     def test_little_is_done_here(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_text("x\n" * 100)
