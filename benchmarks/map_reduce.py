@@ -27,7 +27,7 @@ from djp_dagster.units import parse_bytes
 _PARTS = ("page", "words", "overhead")
 _BYTES = 300_000_000
 _WORDS = 3_000_000
-_SPLIT = 32 << 20
+_SPLIT = 16 << 20
 _DYNAMIC = 50
 
 

@@ -196,6 +196,8 @@ def _wants_task(function: Callable[..., Any]) -> bool:
 
 def _source(thing: Any) -> tuple[str, str]:
     """Its name, and the source of its module: two functions of one module are two."""
+    from djp_dagster.processing.consumer import bytecode
+
     if thing is None:
         return "", ""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
@@ -204,8 +206,6 @@ def _source(thing: Any) -> tuple[str, str]:
     try:
         return name, inspect.getsource(module if module is not None and module.__name__ != "__main__" else named)
     except (OSError, TypeError):
-        from djp_dagster.processing.consumer import bytecode
-
         return name, bytecode(named)
 
 
@@ -213,11 +213,12 @@ def _held(thing: Any) -> str:
     """A hash of what it holds on to: the code itself, values of enclosing functions, defaults, attributes."""
     import cloudpickle
 
+    from djp_dagster.processing.consumer import bytecode
+
     held = thing
     if inspect.isfunction(thing):
-        code = thing.__code__
         cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        held = (code.co_code, repr(code.co_consts), code.co_names, cells, thing.__defaults__, thing.__kwdefaults__)
+        held = (bytecode(thing), cells, thing.__defaults__, thing.__kwdefaults__)
     try:
         return hashlib.sha256(cloudpickle.dumps(held)).hexdigest()
     except Exception:  # noqa: BLE001  what cannot be compared is never the same again

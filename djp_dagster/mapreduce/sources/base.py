@@ -14,7 +14,7 @@ from djp_dagster.errors import InvalidSettingError
 Form = Literal["records", "bytes", "arrow", "pandas"]
 """In which form mappers get blocks: record by record, or whole."""
 
-SPLIT_BYTES = 64 << 20
+SPLIT_BYTES = 32 << 20
 BLOCK_BYTES = 1 << 17
 """Of text: what is mapped at once stays in the processor's cache, which makes twice the difference."""
 _KEPT_BYTES = 64 << 10
