@@ -49,7 +49,9 @@ def _dask(path: str, stack: ExitStack) -> Count:
     import dask.bag as db
     from distributed import Client
 
-    stack.enter_context(Client(n_workers=len(os.sched_getaffinity(0)), threads_per_worker=1, dashboard_address=None))
+    stack.enter_context(
+        Client(n_workers=len(os.sched_getaffinity(0)), threads_per_worker=1, dashboard_address="127.0.0.1:0")
+    )
     return lambda: dict(
         db.read_text(path, blocksize=32 << 20).map(lambda line: line.split(" ", 7)[6]).frequencies().compute()
     )

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from fnmatch import translate
 from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from djp_dagster.claim_check.s3_settings import S3Settings, broken_off, code_of,
 from djp_dagster.errors import InvalidSettingError, SourceError
 
 _MAGIC = re.compile(r"[*?[]")
+_WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 _PAUSE_S = 0.1
 _S3 = "s3://"
 
@@ -103,15 +103,27 @@ def _in_bucket(pattern: str, settings: S3Settings) -> Iterator[Found]:
     bucket, _, key = pattern.removeprefix(_S3).partition("/")
     magic = _MAGIC.search(key)
     prefix = key[: magic.start()] if magic else key
-    # `*` stays within a segment, as in a folder; `**` does not.
-    shape = translate(key.replace("**", "\0")).replace(".*", "[^/]*").replace("\\\0", "\0").replace("\0", ".*")
-    matches = re.compile(shape if magic else re.escape(key)).fullmatch
+    matches = re.compile(_shape(key)).fullmatch
     pages = settings.client().get_paginator("list_objects_v2")
     with typed(f"{_S3}{bucket}", "list objects"):
         for page in pages.paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Contents", ()):
                 if matches(one["Key"]) and not one["Key"].endswith("/"):
                     yield Found(f"{_S3}{bucket}/{one['Key']}", one["Size"], one["ETag"])
+
+
+def _shape(pattern: str) -> str:
+    """A pattern as a regular expression. As in a folder, only ``**`` goes beyond a ``/``; ``**/`` may be nothing."""
+    shape = ""
+    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
+        if part in _WILD:
+            shape += _WILD[part]
+        elif part.startswith("[") and part.endswith("]") and len(part) > 2:
+            inside = part[1:-1].replace("\\", "\\\\")
+            shape += f"(?!/)[{'^' + inside[1:] if inside[0] == '!' else inside}]"
+        else:
+            shape += re.escape(part)
+    return shape
 
 
 def reader_of(found: Found, s3: S3Settings | None = None) -> Reader:

@@ -5,6 +5,7 @@ rows lie together, sorted, and where they begin is kept in memory.
 """
 
 import errno
+import io
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from djp_dagster.errors import InvalidValueError, PayloadStoreUnavailableError, 
 from djp_dagster.mapreduce.combining import CombineFn
 from djp_dagster.mapreduce.grouping import combined
 from djp_dagster.mapreduce.keys import partitions_of
-from djp_dagster.mapreduce.runs import OpenRun, Rows, alike, in_order, joined, merged, rows_of, write_run
+from djp_dagster.mapreduce.runs import Rows, in_order, joined, merged, read_run, rows_of, write_run
 
 _ENTRY_BYTES = 110
 """Of a dict, for each key, as long as it grows."""
@@ -84,21 +85,14 @@ class Buffer(ABC):
             self._spill()
 
     def finish(self) -> Iterator[tuple[int, Iterator[Rows]]]:
-        """For each partition that has any its rows, sorted, with columns of the same kinds; to be used up in turn."""
+        """For each partition that has any its rows, sorted; to be used up in turn."""
         in_memory = dict(self._sorted_parts())
         for partition in range(self._partitions):
-            runs, schemas = [], []
-            for file, sections in self._spills:
-                if partition in sections:
-                    run = _section(file, sections[partition])
-                    schemas.append(run.schema)
-                    runs.append(run.rows())
+            runs = [_section(file, sections[partition]) for file, sections in self._spills if partition in sections]
             if partition in in_memory:
-                rows = in_memory.pop(partition)
-                schemas.append(rows.schema())
-                runs.append(iter((rows,)))
+                runs.append(iter((in_memory.pop(partition),)))
             if runs:
-                yield partition, alike(self._merge(runs), schemas) if len(runs) > 1 else runs[0]
+                yield partition, self._merge(runs)
 
     def _spill(self) -> None:
         if len(self._spills) >= _MOST_SPILLS:
@@ -115,8 +109,7 @@ class Buffer(ABC):
             for partition in range(self._partitions):
                 mine = [_section(one, found[partition]) for one, found in old if partition in found]
                 if mine:
-                    rows = alike(self._merge([run.rows() for run in mine]), [run.schema for run in mine])
-                    sections[partition] = self._write(file, rows)
+                    sections[partition] = self._write(file, self._merge(mine))
         for one, _ in old:
             one.close()
         del self._spills[: len(old)]
@@ -207,14 +200,17 @@ class GroupingBuffer(Buffer):
         self._keys: list[Any] = []
         self._values: list[Any] = []
         self._chunks: list[tuple[Rows, Any]] = []
-        self._chunk_bytes = 0
+        self._chunk_bytes = self._waiting_bytes = 0
 
     def fold(self, pairs: Sequence[tuple[Any, Any]]) -> None:
         """See `Buffer`. Pairs become columns soon: as Python objects they would take many times the memory."""
         for keys, values in (zip(*pairs, strict=True),) if pairs else ():
             self._keys += keys
             self._values += values
-        if len(self._keys) >= _PAIRS:
+            step = max(1, len(keys) // _SAMPLE)
+            sample = [size_of(one) for column in (keys, values) for one in column[::step]]
+            self._waiting_bytes += sum(sample) * len(keys) * 2 // len(sample)
+        if len(self._keys) >= _PAIRS or self._waiting_bytes > self._max_bytes // 8:
             self._pack()
 
     def _pack(self) -> None:
@@ -222,6 +218,7 @@ class GroupingBuffer(Buffer):
 
         keys, self._keys = self._keys, []
         values, self._values = self._values, []
+        self._waiting_bytes = 0
         if not keys:
             return
         partitions = np.zeros(len(keys), np.int32)
@@ -233,7 +230,7 @@ class GroupingBuffer(Buffer):
 
     def _bytes(self) -> int:
         # They are there three times while they are sorted: in chunks, in one piece, and in order.
-        return 3 * self._chunk_bytes
+        return 3 * self._chunk_bytes + self._waiting_bytes
 
     def _sorted_parts(self) -> Iterator[tuple[int, Rows]]:
         import numpy as np
@@ -356,6 +353,11 @@ class _Part:
     def __init__(self, file: BinaryIO, section: Section) -> None:
         self._file, self._at, self._end = file, section.start, section.start + section.length
 
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See `BinaryIO`; from where it stands."""
+        self._at += offset
+        return self._at
+
     def read(self, size: int = -1) -> bytes:
         """See `BinaryIO`."""
         left = self._end - self._at
@@ -372,5 +374,5 @@ class _Part:
         """It stays open."""
 
 
-def _section(file: BinaryIO, section: Section) -> OpenRun:
-    return OpenRun(_Part(file, section))  # type: ignore[arg-type]
+def _section(file: BinaryIO, section: Section) -> Iterator[Rows]:
+    return read_run(_Part(file, section))  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ class Sum(CombineFn[Any, Any, Any]):
         """See `CombineFn`."""
         for key, value in pairs:
             if key in table:
-                table[key] += value
+                table[key] = table[key] + value  # not in place: the value may be the mapper's own
             else:
                 table[key] = value
 

@@ -162,8 +162,7 @@ class MapReduce:
 
     def _code(self) -> tuple[Any, ...]:
         sources = [_source(one) for one in self._functions()]
-        settings = None if self.combine is None else sorted(vars(self.combine).items())
-        return self.name, sources, repr(settings), self.batch, self.max_bad_fraction
+        return self.name, sources, _settings(self.combine), self.batch, self.max_bad_fraction
 
 
 def as_job(mapper: "Mapper | MapReduce", settings: dict[str, Any]) -> MapReduce:
@@ -209,6 +208,15 @@ def _source(thing: Any) -> tuple[str, str]:
         return name, bytecode(named)
 
 
+def _settings(combine: Any) -> Any:
+    """What of a CombineFn's attributes can be compared in every process; with those that it stands on."""
+    if combine is None:
+        return None
+    found = [(name, value) for name, value in sorted(vars(combine).items()) if not name.startswith("_")]
+    plain = [(name, value) for name, value in found if isinstance(value, int | float | str | None)]
+    return plain, [(_source(value), _settings(value)) for _, value in found if isinstance(value, CombineFn)]
+
+
 def _held(thing: Any) -> str:
     """A hash of what it holds on to: the code itself, values of enclosing functions, defaults, attributes."""
     import cloudpickle
@@ -230,5 +238,5 @@ def pairs_of(found: Any) -> Sequence[tuple[Any, Any]]:
     if found is None:
         return ()
     if hasattr(found, "items"):
-        return list((found.to_dict() if hasattr(found, "to_dict") else found).items())
+        return list(found.items())
     return found if isinstance(found, list) else list(found)

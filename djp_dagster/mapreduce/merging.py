@@ -64,6 +64,12 @@ class Merging(CombineFn[Any, Any, Any]):
         """See `CombineFn`."""
         return self.combine.extract(accumulator)
 
+    def fold(self, table: MutableMapping[Any, Any], pairs: Any) -> None:
+        """See `CombineFn`."""
+        merge = self.combine.merge
+        for key, accumulator in pairs:
+            table[key] = merge(table[key], accumulator) if key in table else accumulator
+
 
 def keeping_accumulators(job: MapReduce) -> MapReduce:
     """The job, whose results are accumulators.

@@ -57,7 +57,7 @@ class WorkPlace:
 
     def write(self, attempt: str, partition: int, rows: Iterator[Rows]) -> Piece:
         """Keep a run that an attempt has made."""
-        return self.write_file(attempt, partition, lambda file: write_run(file, rows)[0], suffix="arrow")
+        return self.write_file(attempt, partition, lambda file: write_run(file, rows), suffix="arrow")
 
     def write_file(self, attempt: str, partition: int, fill: Callable[[BinaryIO], int], *, suffix: str) -> Piece:
         """Keep a file that an attempt has made; ``fill`` writes it and says how many rows it has."""

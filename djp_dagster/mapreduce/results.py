@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from djp_dagster.errors import InvalidSettingError, SourceError, TableSchemaError
-from djp_dagster.mapreduce.keys import keys_of
+from djp_dagster.mapreduce.keys import encode_key, keys_of
 from djp_dagster.mapreduce.place import Piece, WorkPlace
-from djp_dagster.mapreduce.runs import OpenRun, Rows
+from djp_dagster.mapreduce.runs import Rows, read_run
 from djp_dagster.mapreduce.sources.base import Bad
 from djp_dagster.mapreduce.values import kind_of, values_of
 
@@ -219,7 +219,9 @@ class MapReduceResult:
     def publish(
         self, stream: "EventStream", topic: "Topic", event: Callable[[Any, Any], Mapping[str, Any]], *, producer: str
     ) -> int:
-        """Publish each result as an event; how many. Once, also if it is repeated with the same results.
+        """Publish each result as an event, in the order of keys; how many. Once, also if it is repeated.
+
+        That takes the same results: of a reducer that yields pairs, also the same ``reducers=``.
 
         Args:
             stream: where to.
@@ -229,7 +231,7 @@ class MapReduceResult:
         """
         stream.create_topic(topic)
         named = stream.producer(producer)
-        pairs = iter(self)
+        pairs = heapq.merge(*self.partitions(), key=_encoded)
         number = published = 0
         while chunk := list(islice(pairs, _CHUNK)):
             number += 1
@@ -245,12 +247,16 @@ class MapReduceResult:
         if pieces and not self._finalizer.alive:
             raise SourceError(f"the results of {self.name!r} were removed when it was closed", uri=self.name)
         for piece in pieces:
-            with self._place.open(piece) as file, contextlib.closing(OpenRun(file)) as run:
-                yield from run.rows()
+            with self._place.open(piece) as file:
+                yield from read_run(file)
 
 
 def _key(pair: tuple[Any, Any]) -> Any:
     return pair[0]
+
+
+def _encoded(pair: tuple[Any, Any]) -> bytes:
+    return encode_key(pair[0])
 
 
 def _value(pair: tuple[Any, Any]) -> Any:

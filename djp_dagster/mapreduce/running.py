@@ -96,6 +96,7 @@ class _Run:
         """Do everything."""
         doer, why = self._engine(engine)
         store, cleanup = self._store(doer)
+        self._stack.callback(doer.close)  # first of all: what it has under way writes to the store
         partitions = self._job.reducers or doer.slots
         job_id = self._identity(partitions)
         total = sum(split.size for split in self._splits)
@@ -164,7 +165,6 @@ class _Run:
                     value=engine,
                 )
             engine = Inline() if engine == "inline" else Processes()
-        self._stack.callback(engine.close)
         return engine, why
 
     def _store(self, engine: Engine) -> "tuple[PayloadStore, Callable[[], None] | None]":

@@ -2,19 +2,20 @@
 
 A run's columns are ``key``, ``value``, and, where values are sorted too, ``order``: key and sort key, encoded as one.
 Rows are sorted by ``order`` if it is there, else by ``key``; equal ones keep the order in which they came. What kinds
-of columns these are stands in the schema.
+of columns these are stands in the schema; it may change within a run.
 
 Merging takes turns: of each run one batch is in memory. The least of their last rows is the bound: whatever is still on
 disk comes after it. Rows up to the bound are taken from every batch, joined, sorted by one call into Arrow, and given
 out; then the batches that are used up are replaced. At least one is, each time.
 """
 
+import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from djp_dagster.mapreduce.keys import KeyKind, as_encoded, encode_key, key_array, keys_of
+from djp_dagster.mapreduce.keys import KeyKind, as_encoded, encode_key, encode_order, key_array, keys_of
 from djp_dagster.mapreduce.values import as_pickled, value_array, values_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def rows_of(keys: Sequence[Any], values: Sequence[Any], sort_keys: Sequence[Any]
     field, value_column = value_array(values)
     order = None
     if sort_keys is not None:
-        order = pa.array([encode_key(both) for both in zip(keys, sort_keys, strict=True)], pa.binary())
+        both = zip(keys, sort_keys, strict=True)
+        order = pa.array([encode_key(key) + encode_order(by) for key, by in both], pa.binary())
     return Rows(kind, key_column, field, value_column, order)
 
 
@@ -123,24 +125,28 @@ def joined(parts: Sequence[Rows]) -> Rows:
     )
 
 
-def write_run(file: BinaryIO, parts: Iterable[Rows]) -> tuple[int, int]:
-    """Write sorted rows, whose columns must be of the same kinds throughout, as a run; how many, and their bytes."""
+def write_run(file: BinaryIO, parts: Iterable[Rows]) -> int:
+    """Write sorted rows as a run; how many. Where the kinds of columns change, another Arrow stream begins."""
     import pyarrow as pa
 
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     writer: Any = None
-    total = size = 0
+    schema: pa.Schema | None = None
+    total = 0
     try:
         for rows in parts:
-            if writer is None:
-                writer = pa.ipc.new_stream(file, rows.schema(), options=options)
-            total, size = total + len(rows), size + rows.nbytes
+            if schema is None or not schema.equals(rows.schema(), check_metadata=True):
+                if writer is not None:
+                    writer.close()
+                schema = rows.schema()
+                writer = pa.ipc.new_stream(file, schema, options=options)
+            total += len(rows)
             for piece in in_batches(rows):
                 writer.write_batch(piece.batch())
     finally:
         if writer is not None:
             writer.close()
-    return total, size
+    return total
 
 
 def in_batches(rows: Rows) -> Iterator[Rows]:
@@ -150,30 +156,18 @@ def in_batches(rows: Rows) -> Iterator[Rows]:
         yield rows.slice(start, step)
 
 
-class OpenRun:
-    """A run to be read; closing the file is the caller's.
+def read_run(file: BinaryIO) -> Iterator[Rows]:
+    """The batches of a run, from where the file stands, which can be sought in. Closing it is the caller's."""
+    import pyarrow as pa
 
-    Attributes:
-        schema: of its columns.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        import pyarrow as pa
-
-        self._reader = pa.ipc.open_stream(file)
-        self.schema: pa.Schema = self._reader.schema
-
-    def rows(self) -> Iterator[Rows]:
-        """Its batches."""
-        field = self.schema.field("value")
-        kind: Any = self.schema.field("key").metadata[_KIND].decode()
-        ordered = "order" in self.schema.names
-        for batch in self._reader:
-            yield Rows(kind, batch.column(0), field, batch.column(1), batch.column(2) if ordered else None)
-
-    def close(self) -> None:
-        """Release what Arrow holds."""
-        self._reader.close()
+    while file.read(1):
+        file.seek(-1, io.SEEK_CUR)
+        with pa.ipc.open_stream(file) as reader:
+            field = reader.schema.field("value")
+            kind: Any = reader.schema.field("key").metadata[_KIND].decode()
+            ordered = "order" in reader.schema.names
+            for batch in reader:
+                yield Rows(kind, batch.column(0), field, batch.column(1), batch.column(2) if ordered else None)
 
 
 class _Head:
@@ -241,26 +235,3 @@ def merged(runs: Sequence[Iterator[Rows]]) -> Iterator[Rows]:
         parts = [part for head in heads if (part := head.up_to(bound, encoded)) is not None]
         yield parts[0] if len(parts) == 1 else in_order(joined(parts))
         heads = [head for head in heads if head.rows is not None]
-
-
-def general(rows: Rows) -> Rows:
-    """The same rows with columns of the kinds that take everything."""
-    field, values = as_pickled(rows.field, rows.values)
-    keys = as_encoded(rows.kind, rows.keys)
-    return replace(rows, kind="encoded", keys=keys, field=field, values=values)
-
-
-def alike(parts: Iterator[Rows], schemas: Iterable["pa.Schema"]) -> Iterator[Rows]:
-    """The rows with columns of the same kinds throughout, which all runs of these schemas can have."""
-    known = list(schemas)
-    kinds = {schema.field("key").metadata[_KIND] for schema in known}
-    fields = [schema.field("value") for schema in known]
-    same_values = all(field.equals(fields[0], check_metadata=True) for field in fields)
-    for part in parts:
-        rows = part
-        if len(kinds) > 1:
-            rows = replace(rows, kind="encoded", keys=as_encoded(rows.kind, rows.keys))
-        if not same_values:
-            field, values = as_pickled(rows.field, rows.values)
-            rows = replace(rows, field=field, values=values)
-        yield rows

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from itertools import chain
 from operator import length_hint
 from typing import Any
 
@@ -16,7 +15,7 @@ from djp_dagster.mapreduce.buffers import Buffer, CombiningBuffer, GroupingBuffe
 from djp_dagster.mapreduce.grouping import combined, extracted, reduced
 from djp_dagster.mapreduce.job import MapReduce, pairs_of
 from djp_dagster.mapreduce.place import Piece, WorkPlace, attempt_name
-from djp_dagster.mapreduce.runs import ROWS, OpenRun, Rows, alike, general, merged
+from djp_dagster.mapreduce.runs import ROWS, Rows, merged, read_run
 from djp_dagster.mapreduce.sources.base import Bad, Block, Form, Split, cut
 
 _MOST_RUNS = 64
@@ -174,7 +173,7 @@ class _Mapping:
         records = iter(block.records)
         call = self._call if self._job.mapper_wants_task else self._job.mapper
         try:
-            return list(chain.from_iterable(map(call, records)))
+            return [pair for record in records for pair in call(record)]
         except _NOT_THE_RECORD:
             raise
         except Exception as error:
@@ -235,10 +234,9 @@ def run_reduce(
         with _merging(job, left[:_MOST_RUNS], place, beat) as windows:
             left = [*left[_MOST_RUNS:], place.write(f"{attempt}/round-{rounds}", partition, windows)]
     with _merging(job, left, place, beat) as windows:
-        results = _results(job, windows, task)
-        made = _written(results, lambda part, rows: place.write(f"{attempt}/results-{part}", partition, rows))
+        made = place.write(f"{attempt}/results", partition, _results(job, windows, task))
     answer = ReduceAnswer(
-        pieces=made,
+        pieces=[made],
         rows_in=sum(one.rows for one in pieces),
         bytes_in=sum(one.size for one in pieces),
         counters=dict(task.counters),
@@ -249,15 +247,10 @@ def run_reduce(
 
 @contextmanager
 def _merging(job: MapReduce, pieces: Sequence[Piece], place: WorkPlace, beat: Beat) -> Iterator[Iterator[Rows]]:
-    """The rows of several runs, sorted, with columns of the same kinds throughout; combined if the job can."""
+    """The rows of several runs, sorted; combined if the job can."""
     with ExitStack() as stack:
-        runs = [OpenRun(stack.enter_context(place.open(piece))) for piece in pieces]
-        for run in runs:
-            stack.callback(run.close)
-        windows = merged([run.rows() for run in runs])
-        if job.combine is not None:
-            windows = combined(windows, job.combine)
-        yield _beating(alike(windows, [run.schema for run in runs]), beat)
+        windows = merged([read_run(stack.enter_context(place.open(piece))) for piece in pieces])
+        yield _beating(windows if job.combine is None else combined(windows, job.combine), beat)
 
 
 def _results(job: MapReduce, windows: Iterator[Rows], task: MapTask) -> Iterator[Rows]:
@@ -268,25 +261,3 @@ def _results(job: MapReduce, windows: Iterator[Rows], task: MapTask) -> Iterator
     if job.reducer_wants_task:
         reducer = partial(reducer, task=task)
     return reduced(windows, reducer, yields=job.reducer_yields, rows_at_once=ROWS)
-
-
-def _written(results: Iterator[Rows], write: Callable[[int, Iterator[Rows]], Piece]) -> list[Piece]:
-    """Results as runs: one if their columns are of the same kinds throughout, else two; the second takes everything."""
-    first = next(results, None)
-    if first is None:
-        return []
-    schema = first.schema()
-    others: list[Rows] = []
-
-    def alike_first() -> Iterator[Rows]:
-        yield first
-        for rows in results:
-            if not rows.schema().equals(schema, check_metadata=True):
-                others.append(rows)
-                return
-            yield rows
-
-    pieces = [write(0, alike_first())]
-    if others:
-        pieces.append(write(1, map(general, chain(others, results))))
-    return pieces

@@ -93,6 +93,13 @@ def _source_of(context: Context, source: AnySource) -> Source:
             )
         source = source(context.partition_key)
     if isinstance(source, TopicRange) and source.open is None:
+        if not hasattr(context.resources, STREAM_KEY):
+            raise InvalidSettingError(
+                f"topic {source.topic!r} of which stream? A function that makes the source gives "
+                "TopicRange(..., stream=), or its asset asset={'required_resource_keys': {'event_stream'}}",
+                setting="stream",
+                value=None,
+            )
         resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
         source = source.within(resource.opener())
     return source  # type: ignore[return-value]

@@ -88,6 +88,7 @@ def map_reduce_asset(
             "code_version": job.code_version,
             **(asset or {}),
         }
+        keys = resources_of(source) | set(options.pop("required_resource_keys", ()))
         options["deps"] = [*topics_of(source), *options.get("deps", ())]
 
         def run_map_reduce(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
@@ -95,7 +96,7 @@ def map_reduce_asset(
             metadata = report_metadata(result, names)
             return dg.MaterializeResult(value=_value(result, output, names), metadata=metadata)
 
-        made: dg.AssetsDefinition = dg.asset(required_resource_keys=resources_of(source), **options)(run_map_reduce)
+        made: dg.AssetsDefinition = dg.asset(required_resource_keys=keys, **options)(run_map_reduce)
         return made
 
     return decorate

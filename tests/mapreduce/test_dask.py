@@ -27,7 +27,7 @@ def client() -> Iterator[Any]:
     quiet = logging.CRITICAL
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=quiet
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=quiet
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
@@ -56,6 +56,19 @@ def test_equal_to_the_others(client: Any, source: djp.TextFiles, lines: list[str
     assert result.report.counters == {"lines": result.report.records}
     again = djp.map_reduce(words, source, combine=djp.Sum(), engine=djp.Dask(client), work=tmp_path / "work")
     assert again.to_dict() == counted(lines)
+
+
+def test_one_engine_for_two_jobs(client: Any, tmp_path: Path) -> None:
+    engine = djp.Dask(client)
+    for name in ("first", "second"):
+        result = djp.map_reduce(
+            lambda item, name=name: [(name, item)],
+            djp.Items(range(10)),
+            combine=djp.Sum(),
+            engine=engine,
+            work=tmp_path / "work",
+        )
+        assert result.to_dict() == {name: 45}
 
 
 def test_by_its_address(client: Any, source: djp.TextFiles, lines: list[str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 
 JOB = """
-import json, resource, sys
+import json, re, resource, sys
 import djp_dagster as djp
 
 def mapper(line):
@@ -49,7 +49,7 @@ if __name__ == "__main__":
             "keys": keys,
             "count": count,
             "spilled": result.report.spilled_bytes,
-            "here": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "here": int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024,
             "workers": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         }))
 """

@@ -46,7 +46,7 @@ class Dask:
         self._own = isinstance(cluster, str)
         self._client: Any = Client(cluster) if isinstance(cluster, str) else cluster
         self.slots = max(1, sum(self._client.nthreads().values()))
-        self._job = uuid.uuid4().hex
+        self._job = ""
         self._setup = b""
         self._running: dict[str, tuple[Attempt, Any]] = {}
         self._inbox: queue.SimpleQueue[str | tuple[str, int]] = queue.SimpleQueue()
@@ -55,6 +55,7 @@ class Dask:
         """See `Engine`."""
         # With each task, not scattered: what is scattered is lost if all workers die at once.
         self._setup = dumps_by_value(setup)
+        self._job = uuid.uuid4().hex
         self._client.subscribe_topic(self._job, lambda event: self._inbox.put(event[1]))
 
     def submit(self, attempt: Attempt) -> None:
@@ -94,6 +95,9 @@ class Dask:
         running, self._running = self._running, {}
         for _, future in running.values():
             future.cancel()
+        if self._job:
+            self._client.unsubscribe_topic(self._job)
+            self._job = ""
         if self._own:
             self._client.close()
 
@@ -116,13 +120,6 @@ def _remote(job: str, setup: bytes, attempt: Attempt) -> Done | Raised:
     """Runs on a worker."""
     from distributed import get_worker
 
-    if job not in _setups:
-        import pickle
-
-        _setups.clear()
-        known: Setup = pickle.loads(setup)  # noqa: S301  of the client, whose code runs here in any case
-        _setups[job] = known, place_of(known)
-    known, place = _setups[job]
     worker = get_worker()
     records, last = 0, time.monotonic()
     worker.log_event(job, (attempt.id, 0))
@@ -135,7 +132,21 @@ def _remote(job: str, setup: bytes, attempt: Attempt) -> Done | Raised:
             records, last = 0, time.monotonic()
 
     try:
+        known, place = _known(job, setup)
         answer = perform(known, place, attempt, beat)
     except Exception as error:  # noqa: BLE001  told to whoever decides whether it is tried again
         return Raised(attempt, error.with_traceback(None), traceback.format_exc())
     return Done(attempt, answer)
+
+
+def _known(job: str, setup: bytes) -> tuple[Setup, WorkPlace]:
+    """What a worker needs for a job, unpacked once; several threads may ask at once."""
+    known = _setups.get(job)
+    if known is None:
+        import pickle
+
+        unpacked: Setup = pickle.loads(setup)  # noqa: S301  of the client, whose code runs here in any case
+        known = unpacked, place_of(unpacked)
+        _setups.clear()
+        _setups[job] = known
+    return known

@@ -119,9 +119,9 @@ class Window(io.RawIOBase):
         return body
 
     def _in_part(self, end: int) -> bytes:
-        """Some bytes from here on, at most up to ``end``, of a large part that is read at once."""
+        """The bytes from here up to ``end``, of a large part that is read at once."""
         start = self._at - self._part_at
-        if not 0 <= start < len(self._part):
+        if not start >= 0 or start + end - self._at > len(self._part):
             ahead = self._end if self._at < self._end else self._at + _LITTLE_BYTES
             self._part = self._reader.read_at(self._at, max(end, min(self._at + self._part_bytes, ahead)))
             self._part_at, start = self._at, 0

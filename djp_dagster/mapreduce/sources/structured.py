@@ -98,6 +98,10 @@ class JsonSplit(_LineSplit, frozen=True):
 
     schema: Any = None
 
+    def identity(self) -> str:
+        """See `Split`."""
+        return f"{super().identity()} {self.schema}"
+
     def blocks(self, form: Form) -> Iterator[Block]:
         """See `Split`."""
         decode = msgspec.json.Decoder().decode
@@ -127,6 +131,7 @@ class JsonSplit(_LineSplit, frozen=True):
             raise _no_table(self.uri, error) from error
 
 
+_CSV_ERRORS: tuple[type[Exception], ...] = (csv.Error, ValueError)
 _JSON_ERRORS: tuple[type[Exception], ...] = (msgspec.DecodeError, ValueError)
 _BLANK = object()
 
@@ -221,6 +226,10 @@ class CsvSplit(_LineSplit, frozen=True):
 
     dialect: Dialect
 
+    def identity(self) -> str:
+        """See `Split`."""
+        return f"{super().identity()} {self.dialect}"
+
     def blocks(self, form: Form) -> Iterator[Block]:
         """See `Split`."""
         names, header_end = self._header()
@@ -231,11 +240,15 @@ class CsvSplit(_LineSplit, frozen=True):
             if bad is not None:
                 yield bad
                 continue
-            if position == 0 and header_end:
-                position, raw = header_end, raw[header_end:]  # noqa: PLW2901
+            if position < header_end:
+                position, raw = header_end, raw[header_end - position :]  # noqa: PLW2901
+            if not raw:
+                continue
             if form == "records":
-                yield decoded(self.uri, position, raw, self.lines, self._fields(names), (csv.Error, ValueError))
-            elif raw:
+                blank: list[None] = []
+                block = decoded(self.uri, position, raw, self.lines, self._fields(names, blank), _CSV_ERRORS)
+                yield _without_blank(block) if blank else block
+            else:
                 yield _table_block(self._table(raw, names), form, raw, self.uri)
 
     def _header(self) -> tuple[Sequence[str], int]:
@@ -255,10 +268,13 @@ class CsvSplit(_LineSplit, frozen=True):
     def _reader(self, lines: Any) -> Any:
         return csv.reader(lines, delimiter=self.dialect.delimiter, quotechar=self.dialect.quote, strict=True)
 
-    def _fields(self, names: Sequence[str]) -> Any:
+    def _fields(self, names: Sequence[str], blank: list[None]) -> Any:
         count = len(names)
 
-        def parse(line: str) -> dict[str, str]:
+        def parse(line: str) -> Any:
+            if not line:
+                blank.append(None)
+                return _BLANK
             fields: list[str] = next(self._reader([line]), [])
             if len(fields) != count:
                 raise ValueError(f"{len(fields)} fields, and the header has {count}")

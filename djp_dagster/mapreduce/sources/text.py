@@ -5,6 +5,7 @@ at or after the range's start; its last one ends with the first delimiter that e
 splits beside it find the same delimiters, so each record is in one split, whatever the ranges.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,6 +21,7 @@ from djp_dagster.units import Size, parse_bytes
 if TYPE_CHECKING:
     from djp_dagster.claim_check.s3_settings import S3Settings
 
+_UTF8 = ("utf-8", "utf8", "utf_8")
 Paths = str | Path | Sequence[str | Path]
 
 
@@ -27,7 +29,7 @@ class TextFiles:
     r"""Text files; a record is a line, as `str`, without its end. ``batch=True`` maps blocks of lines, as `bytes`.
 
     The last line may end without a delimiter. A carriage return before a newline is no part of the line. An empty file
-    has no lines. A line that is no UTF-8 is a bad record.
+    has no lines. A byte order mark is no part of the first one. A line that is no UTF-8 is a bad record.
 
     Args:
         paths: files and globs, also ``s3://bucket/logs/*.log.gz``.
@@ -266,6 +268,14 @@ def _nowhere(number: int) -> tuple[int, bytes]:
 
 def chunks_of(part: Range, lines: Lines) -> Iterator[tuple[int, bytes, bool]]:
     """Position, bytes of whole records, and whether it is the beginning of one that is too long."""
+    for position, raw, too_long in _all_chunks(part, lines):
+        if position == 0 and raw.startswith(BOM_UTF8) and lines.encoding.lower() in _UTF8:
+            yield len(BOM_UTF8), raw[len(BOM_UTF8) :], too_long
+        else:
+            yield position, raw, too_long
+
+
+def _all_chunks(part: Range, lines: Lines) -> Iterator[tuple[int, bytes, bool]]:
     if part.compression != "none":
         with expanded(part) as file:
             yield from _chunks(file, 0, None, lines)
@@ -311,7 +321,7 @@ def _chunks(file: BinaryIO | Window, position: int, end: int | None, lines: Line
                 at, raw = at + skipped[0], skipped[1]
         # The delimiter that ends this split ends at or after `end`; it may have begun in what was read before.
         last = -1 if end is None or at + len(raw) < end else raw.find(delimiter, max(0, end - at - size))
-        cut_at = last if last >= 0 else raw.rfind(delimiter)
+        cut_at = last if last >= 0 else _last(raw, delimiter)
         if cut_at >= 0:
             border = cut_at + size
             yield at, raw[:border] if border < len(raw) else raw, False
@@ -322,6 +332,16 @@ def _chunks(file: BinaryIO | Window, position: int, end: int | None, lines: Line
             rest = raw
     if rest:
         yield at, rest, len(rest) > lines.max_bytes
+
+
+def _last(raw: bytes, delimiter: bytes) -> int:
+    """Where the last delimiter begins; counted from the left where one can be found in the middle of two."""
+    if not overlaps_itself(delimiter):
+        return raw.rfind(delimiter)
+    last = at = -1
+    while (at := raw.find(delimiter, at if last < 0 else last + len(delimiter))) >= 0:
+        last = at
+    return last
 
 
 def _skip(file: BinaryIO | Window, rest: bytes, delimiter: bytes) -> tuple[int, bytes] | None:

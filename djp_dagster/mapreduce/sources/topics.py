@@ -112,6 +112,10 @@ class TopicSplit(msgspec.Struct, frozen=True):
     start: int
     end: int
 
+    def __repr__(self) -> str:
+        """Without what opens the stream, which may hold a password."""
+        return f"TopicSplit({self.uri}, {self.start} to {self.end})"
+
     @property
     def uri(self) -> str:
         """See `Split`."""
