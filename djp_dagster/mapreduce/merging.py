@@ -19,8 +19,8 @@ COLUMNS = ("key", "accumulator")
 _ROWS = 1 << 13
 
 
-class Keeping(CombineFn[Any, Any, Any]):
-    """A CombineFn whose results are its accumulators."""
+class _On(CombineFn[Any, Any, Any]):
+    """What stands on another CombineFn."""
 
     def __init__(self, combine: CombineFn[Any, Any, Any]) -> None:
         self.combine, self.adds = combine, combine.adds
@@ -29,36 +29,29 @@ class Keeping(CombineFn[Any, Any, Any]):
         """See `CombineFn`."""
         return self.combine.create()
 
-    def add(self, accumulator: Any, value: Any) -> Any:
-        """See `CombineFn`."""
-        return self.combine.add(accumulator, value)
-
     def merge(self, one: Any, other: Any) -> Any:
         """See `CombineFn`."""
         return self.combine.merge(one, other)
+
+
+class Keeping(_On):
+    """A CombineFn whose results are the accumulators of another."""
+
+    def add(self, accumulator: Any, value: Any) -> Any:
+        """See `CombineFn`."""
+        return self.combine.add(accumulator, value)
 
     def fold(self, table: MutableMapping[Any, Any], pairs: Any) -> None:
         """See `CombineFn`."""
         self.combine.fold(table, pairs)
 
 
-class Merging(CombineFn[Any, Any, Any]):
-    """A CombineFn whose values are accumulators of another."""
-
-    def __init__(self, combine: CombineFn[Any, Any, Any]) -> None:
-        self.combine, self.adds = combine, combine.adds
-
-    def create(self) -> Any:
-        """See `CombineFn`."""
-        return self.combine.create()
+class Merging(_On):
+    """A CombineFn whose values are the accumulators of another."""
 
     def add(self, accumulator: Any, value: Any) -> Any:
         """See `CombineFn`."""
         return self.combine.merge(accumulator, value)
-
-    def merge(self, one: Any, other: Any) -> Any:
-        """See `CombineFn`."""
-        return self.combine.merge(one, other)
 
     def extract(self, accumulator: Any) -> Any:
         """See `CombineFn`."""

@@ -4,7 +4,7 @@ import io
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,12 +57,8 @@ class WorkPlace:
 
     def write(self, attempt: str, partition: int, rows: Iterator[Rows]) -> Piece:
         """Keep a run that an attempt has made."""
-        return self.write_file(attempt, partition, lambda file: write_run(file, rows), suffix="arrow")
-
-    def write_file(self, attempt: str, partition: int, fill: Callable[[BinaryIO], int], *, suffix: str) -> Piece:
-        """Keep a file that an attempt has made; ``fill`` writes it and says how many rows it has."""
-        with roomy(self._store.uri), uploading(self._store, f"{attempt}/{partition:05}.{suffix}", ARROW) as upload:
-            count = fill(upload.file)
+        with roomy(self._store.uri), uploading(self._store, f"{attempt}/{partition:05}.arrow", ARROW) as upload:
+            count = write_run(upload.file, rows)
             content = upload.if_small(_INLINE_BYTES)
             if content is not None:
                 return Piece(partition, count, len(content), inline=content)

@@ -10,8 +10,8 @@ import msgspec
 from djp_dagster.claim_check.foreign import find
 from djp_dagster.errors import SourceError
 from djp_dagster.mapreduce.sources.base import SPLIT_BYTES, Bad, Block, Form, cut
-from djp_dagster.mapreduce.sources.files import Range, expanded, ranges
-from djp_dagster.mapreduce.sources.text import Lines, Paths, chunks_of, decoded, paths_of, record_limit
+from djp_dagster.mapreduce.sources.files import expanded, ranges
+from djp_dagster.mapreduce.sources.text import Lines, LineSplit, Paths, decoded, nowhere, paths_of, record_limit
 from djp_dagster.units import Size
 
 if TYPE_CHECKING:
@@ -64,36 +64,7 @@ class JsonLines:
         return [JsonSplit(part, self._lines, self._schema) for part in parts]
 
 
-class _LineSplit(msgspec.Struct, frozen=True):
-    """What splits of structured lines have in common."""
-
-    part: Range
-    lines: Lines
-
-    @property
-    def uri(self) -> str:
-        """See `Split`."""
-        return self.part.found.uri
-
-    @property
-    def size(self) -> int:
-        """See `Split`."""
-        return self.part.size
-
-    def identity(self) -> str:
-        """See `Split`."""
-        return f"{type(self).__name__} {self.part.identity()} {self.lines}"
-
-    def _chunks(self) -> Iterator[tuple[int, bytes, Block | None]]:
-        for position, raw, too_long in chunks_of(self.part, self.lines):
-            bad = None
-            if too_long:
-                reason = f"a record of more than {self.lines.max_bytes} bytes"
-                bad = Block(size=len(raw), count=1, bad=[Bad(self.uri, position, reason, cut(raw))], locate=_nowhere)
-            yield position, raw, bad
-
-
-class JsonSplit(_LineSplit, frozen=True):
+class JsonSplit(LineSplit, frozen=True):
     """See `Split`."""
 
     schema: Any = None
@@ -105,7 +76,7 @@ class JsonSplit(_LineSplit, frozen=True):
     def blocks(self, form: Form) -> Iterator[Block]:
         """See `Split`."""
         decode = msgspec.json.Decoder().decode
-        for position, raw, bad in self._chunks():
+        for position, raw, bad in self.chunks():
             if bad is not None:
                 yield bad
             elif form == "records":
@@ -221,7 +192,7 @@ class Dialect(msgspec.Struct, frozen=True):
     types: dict[str, Any]
 
 
-class CsvSplit(_LineSplit, frozen=True):
+class CsvSplit(LineSplit, frozen=True):
     """See `Split`."""
 
     dialect: Dialect
@@ -236,7 +207,7 @@ class CsvSplit(_LineSplit, frozen=True):
         if self.dialect.breaks_in_quotes:
             yield from self._whole(names, form)
             return
-        for position, raw, bad in self._chunks():
+        for position, raw, bad in self.chunks():
             if bad is not None:
                 yield bad
                 continue
@@ -360,14 +331,10 @@ class _Readable(io.RawIOBase):
 
 def _table_block(table: "pa.Table", form: Form, raw: bytes, uri: str) -> Block:
     whole: Any = table.to_pandas() if form == "pandas" else table
-    return Block(whole=whole, size=len(raw), count=table.num_rows, locate=_nowhere)
+    return Block(whole=whole, size=len(raw), count=table.num_rows, locate=nowhere)
 
 
 def _no_table(uri: str, error: Exception) -> SourceError:
     return SourceError(
         f"a block of {uri} cannot become a table: {error}; map records, or give the types of its columns", uri=uri
     )
-
-
-def _nowhere(number: int) -> tuple[int, bytes]:
-    raise AssertionError("a block without records has no place for one")

@@ -130,8 +130,8 @@ class Lines(msgspec.Struct, frozen=True):
     max_bytes: int
 
 
-class TextSplit(msgspec.Struct, frozen=True):
-    """See `Split`."""
+class LineSplit(msgspec.Struct, frozen=True):
+    """What splits of lines have in common."""
 
     part: Range
     lines: Lines
@@ -148,24 +148,30 @@ class TextSplit(msgspec.Struct, frozen=True):
 
     def identity(self) -> str:
         """See `Split`."""
-        return f"{self.part.identity()} {self.lines}"
+        return f"{type(self).__name__} {self.part.identity()} {self.lines}"
+
+    def chunks(self) -> Iterator[tuple[int, bytes, Block | None]]:
+        """Position and bytes of whole records; or a block of one that is too long."""
+        for position, raw, too_long in chunks_of(self.part, self.lines):
+            bad = None
+            if too_long:
+                reason = f"a record of more than {self.lines.max_bytes} bytes"
+                bad = Block(size=len(raw), count=1, bad=[Bad(self.uri, position, reason, cut(raw))], locate=nowhere)
+            yield position, raw, bad
+
+
+class TextSplit(LineSplit, frozen=True):
+    """See `Split`."""
 
     def blocks(self, form: Form) -> Iterator[Block]:
         """See `Split`."""
-        for position, raw, too_long in chunks_of(self.part, self.lines):
-            if too_long:
-                yield self._too_long(position, raw)
+        for position, raw, bad in self.chunks():
+            if bad is not None:
+                yield bad
             elif form == "bytes":
-                yield Block(whole=raw, size=len(raw), count=_count(raw, self.lines.delimiter), locate=_nowhere)
+                yield Block(whole=raw, size=len(raw), count=_count(raw, self.lines.delimiter), locate=nowhere)
             else:
-                yield self._decoded(position, raw)
-
-    def _too_long(self, position: int, raw: bytes) -> Block:
-        reason = f"a record of more than {self.lines.max_bytes} bytes"
-        return Block(size=len(raw), count=1, bad=[Bad(self.uri, position, reason, cut(raw))], locate=_nowhere)
-
-    def _decoded(self, position: int, raw: bytes) -> Block:
-        return decoded(self.uri, position, raw, self.lines)
+                yield decoded(self.uri, position, raw, self.lines)
 
 
 def decoded(
@@ -262,7 +268,8 @@ def _nth(raw: bytes, number: int, delimiter: bytes) -> tuple[int, bytes]:
     return start, raw[start : end if end >= 0 else len(raw)]
 
 
-def _nowhere(number: int) -> tuple[int, bytes]:
+def nowhere(number: int) -> tuple[int, bytes]:
+    """The place of a record in a block that has none."""
     raise AssertionError("a block without records has no place for one")
 
 
