@@ -21,7 +21,7 @@ from typing import Any
 
 import djp_dagster as djp
 from benchmarks.harness import Row, Settings, alternate
-from benchmarks.map_reduce_peers import mrjob, peers
+from benchmarks.map_reduce_peers import clusters, mrjob, peers
 from djp_dagster.units import parse_bytes
 
 _PARTS = ("page", "words", "overhead")
@@ -122,15 +122,21 @@ def _page(settings: Settings, size: int) -> list[Row]:
             "ours, a line each, processes": lambda: len(_start(lines, workers)),
             "a loop": lambda: _loop(path),
             f"a pool of {workers}": lambda: _pool(pool, path, workers),
-            **peers(path, stack),
+            **peers(path),
         }
-        for name, loop in loops.items():  # once, to see that all agree
-            found = loop()
-            if not isinstance(found, int):
-                agreed = {key.decode() if isinstance(key, bytes) else key: count for key, count in found.items()}
-                assert agreed == expected, f"{name} counts otherwise"
+        for name, loop in loops.items():
+            _require_equal(name, loop(), expected)
         took = alternate(settings.rounds, {name: _timed(loop) for name, loop in loops.items()})
+    for name, count in clusters(path):
+        _require_equal(name, count(), expected)
+        took[name] = [_timed(count)() for _ in range(settings.rounds)]
     return _page_rows(took, size, workers) + _mrjob_rows(settings, size // 20)
+
+
+def _require_equal(name: str, found: Mapping[Any, int] | int, expected: Mapping[str, int]) -> None:
+    if not isinstance(found, int):
+        told = {key.decode() if isinstance(key, bytes) else key: count for key, count in found.items()}
+        assert told == expected, f"{name} counts otherwise"
 
 
 def _mrjob_rows(settings: Settings, size: int) -> list[Row]:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,14 +18,21 @@ group by 1
 """
 
 
-def peers(path: str, stack: ExitStack) -> dict[str, Count]:
-    found: dict[str, Count] = {"DuckDB": _duckdb(path), "Polars": _polars(path)}
+def peers(path: str) -> dict[str, Count]:
+    """Those that work in this process."""
+    return {"DuckDB": _duckdb(path), "Polars": _polars(path)}
+
+
+def clusters(path: str) -> Iterator[tuple[str, Count]]:
+    """Those that start processes of their own, which take processor time even when idle: one after the other."""
     for name, make in (("Dask bag", _dask), ("PySpark RDD", _spark)):
-        try:
-            found[name] = make(path, stack)
-        except ImportError:
-            print(f"  {name} is not installed: left out", file=sys.stderr)
-    return found
+        with ExitStack() as stack:
+            try:
+                count = make(path, stack)
+            except ImportError:
+                print(f"  {name} is not installed: left out", file=sys.stderr)
+                continue
+            yield name, count
 
 
 def _duckdb(path: str) -> Count:
