@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from djp_dagster.claim_check.claims import Claim
     from djp_dagster.claim_check.location import open_payload_store
     from djp_dagster.claim_check.stores import PayloadStore
+    from djp_dagster.dags.event_dag import EventDag
+    from djp_dagster.dags.tracing import trace
     from djp_dagster.errors import DjpError, TerminalError, TransientError
     from djp_dagster.events import Event
+    from djp_dagster.joining.declaration import Join, join
+    from djp_dagster.joining.joined import Joined
     from djp_dagster.mapreduce.combining import Collect, CombineFn, Count, Distinct, Max, Mean, Min, Sum, TopK
     from djp_dagster.mapreduce.engines.dask import Dask
     from djp_dagster.mapreduce.engines.processes import Processes
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
         process_batch_op,
     )
     from djp_dagster.processing.batch import Batch
+    from djp_dagster.processing.commands import rebuild
     from djp_dagster.processing.consumer import Consumer, consumer
     from djp_dagster.processing.failures import RetryPolicy
     from djp_dagster.processing.outputs import BatchOutput, BatchOutputs
@@ -57,6 +62,9 @@ if TYPE_CHECKING:
     from djp_dagster.resources.event_stream import SqlEventStream
     from djp_dagster.resources.payload_stores import LocalPayloadStore
     from djp_dagster.resources.s3 import S3PayloadStore
+    from djp_dagster.state.snapshots import SnapshotPolicy
+    from djp_dagster.state.table import Table
+    from djp_dagster.state.view import StateView
     from djp_dagster.streams.publishing import Producer
     from djp_dagster.streams.records import Record, TopicPartition
     from djp_dagster.streams.stream import EventStream, open_stream
@@ -78,8 +86,11 @@ _HOMES = {
     "Distinct": "mapreduce.combining",
     "DjpError": "errors",
     "Event": "events",
+    "EventDag": "dags.event_dag",
     "EventStream": "streams.stream",
     "Items": "mapreduce.sources.topics",
+    "Join": "joining.declaration",
+    "Joined": "joining.joined",
     "JsonLines": "mapreduce.sources.structured",
     "LocalPayloadStore": "resources.payload_stores",
     "MapReduce": "mapreduce.job",
@@ -96,8 +107,11 @@ _HOMES = {
     "RetryPolicy": "processing.failures",
     "RunReport": "processing.run",
     "S3PayloadStore": "resources.s3",
+    "SnapshotPolicy": "state.snapshots",
     "SqlEventStream": "resources.event_stream",
+    "StateView": "state.view",
     "Sum": "mapreduce.combining",
+    "Table": "state.table",
     "TerminalError": "errors",
     "TextFiles": "mapreduce.sources.text",
     "Threshold": "processing.threshold",
@@ -126,6 +140,7 @@ _HOMES = {
     "claim_gc_op": "patterns.claim_gc",
     "consumer": "processing.consumer",
     "errors": "",
+    "join": "joining.declaration",
     "map_reduce": "mapreduce.running",
     "map_reduce_asset": "patterns.map_reduce",
     "map_reduce_op": "patterns.map_reduce",
@@ -133,10 +148,12 @@ _HOMES = {
     "open_stream": "streams.stream",
     "process_batch_op": "patterns.streaming",
     "publish_op": "orchestration.operator_jobs",
+    "rebuild": "processing.commands",
     "redrive": "processing.redrive",
     "request_redrive": "processing.redrive",
     "run_pending": "processing.run",
     "testing": "",
+    "trace": "dags.tracing",
 }
 
 __all__ = [
@@ -155,8 +172,11 @@ __all__ = [
     "Distinct",
     "DjpError",
     "Event",
+    "EventDag",
     "EventStream",
     "Items",
+    "Join",
+    "Joined",
     "JsonLines",
     "LocalPayloadStore",
     "MapReduce",
@@ -173,8 +193,11 @@ __all__ = [
     "RetryPolicy",
     "RunReport",
     "S3PayloadStore",
+    "SnapshotPolicy",
     "SqlEventStream",
+    "StateView",
     "Sum",
+    "Table",
     "TerminalError",
     "TextFiles",
     "Threshold",
@@ -203,6 +226,7 @@ __all__ = [
     "build_worker_sensor",
     "claim_gc_op",
     "consumer",
+    "join",
     "map_reduce",
     "map_reduce_asset",
     "map_reduce_op",
@@ -210,9 +234,11 @@ __all__ = [
     "open_stream",
     "process_batch_op",
     "publish_op",
+    "rebuild",
     "redrive",
     "request_redrive",
     "run_pending",
+    "trace",
 ]
 
 

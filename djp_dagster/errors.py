@@ -13,6 +13,7 @@
     │   ├── RetriesExhaustedError       a transient failure outlived its retry budget
     │   ├── PayloadStoreUnavailableError    the payload store is away, or too busy
     │   ├── WorkerDiedError             a process died at its task, as often as it was tried
+    │   ├── StaleReadError              a table has not come as far as it was asked for
     │   ├── ShuffleSpaceError           no space left for the temporary files of a map-reduce
     │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
     └── TerminalError                   trying again cannot help; the cause must change
@@ -38,6 +39,12 @@
         ├── RedriveFailedError          a dead letter failed again; it stays pending
         ├── SystemicFailureError        more poison than ``max_poison``
         ├── StateMismatchError          local state that does not continue its changelog
+        ├── StateLostError              neither a snapshot nor the beginning of the changelog is left
+        ├── CoPartitionError            inputs of a join, or a table, that are not partitioned by its key
+        ├── EventDagError               consumers that do not make a chain
+        ├── BufferFullError             an event that an event buffer has no room for
+        ├── JoinIncompleteError         parts of a key whose deadline has passed
+        ├── LatePartError               a part that came after its key was completed, or given up
         ├── PayloadStoreRefusedError    no permission, no such bucket, or not what a payload store needs
         ├── CollectionRefusedError      garbage collection cannot prove what is garbage
         ├── SourceError                 input of a map-reduce that is missing, damaged, or changed while it was read
@@ -133,6 +140,10 @@ class PayloadStoreUnavailableError(TransientError):
 
 class WorkerDiedError(TransientError):
     """The process that worked on a task of a map-reduce died, or stood still, as often as the task was tried."""
+
+
+class StaleReadError(TransientError):
+    """A table has not come as far as a reader asked for, in the time it would wait."""
 
 
 class ShuffleSpaceError(TransientError):
@@ -233,6 +244,30 @@ class SystemicFailureError(TerminalError):
 
 class StateMismatchError(TerminalError):
     """A task's local state does not continue its changelog; it must be discarded and restored."""
+
+
+class StateLostError(TerminalError):
+    """No usable snapshot and no complete changelog is left to restore a task's state from."""
+
+
+class CoPartitionError(TerminalError):
+    """Topics that must be partitioned alike are not; ``facts["topics"]`` names them."""
+
+
+class EventDagError(TerminalError):
+    """Consumers do not make a chain: a cycle, an unknown topic, two owners, or something nothing leads to."""
+
+
+class BufferFullError(TerminalError):
+    """An event buffer has no room for an event, which becomes a dead letter."""
+
+
+class JoinIncompleteError(TerminalError):
+    """The deadline of a key has passed, and parts are missing; those that were there become dead letters."""
+
+
+class LatePartError(TerminalError):
+    """A part came after its key was completed, or given up."""
 
 
 class PayloadStoreRefusedError(TerminalError):

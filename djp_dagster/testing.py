@@ -6,6 +6,7 @@ The in-memory stream is the real one on a private database in memory: what a tes
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import CRASH_POINTS, CrashPoint, set_hook
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.run import run_pending
+from djp_dagster.processing.worker import Worker
+from djp_dagster.state.keys import decode_key
 from djp_dagster.state.store import TaskStore
 from djp_dagster.streams.claimed import ClaimedRecord
 from djp_dagster.streams.model import DeadLetter
@@ -34,6 +37,7 @@ __all__ = [
     "ConsumerRun",
     "check_combine_fn",
     "crash_at",
+    "kept_up_to_date",
     "kill_at",
     "memory_stream",
     "run_consumer",
@@ -96,6 +100,7 @@ def run_consumer(
     events: Sequence[Event] | Mapping[Topic | str, Sequence[Event]],
     *,
     resources: Mapping[str, Any] | None = None,
+    tables: Mapping[Consumer, Sequence[Event]] | None = None,
     clock: Clock | None = None,
 ) -> ConsumerRun:
     """Publish ``events`` to the consumer's topic in memory, run it on them, and return what it did.
@@ -104,6 +109,7 @@ def run_consumer(
         consumer: the consumer under test.
         events: for its first topic; or by topic.
         resources: the handler's further parameters.
+        tables: what was published to the topic of each table it reads, before.
         clock: for tests of deadlines.
 
     Example:
@@ -119,8 +125,15 @@ def run_consumer(
     by_topic = events if isinstance(events, Mapping) else {consumer.topics[0]: events}
     with memory_stream(clock=clock) as stream, tempfile.TemporaryDirectory(prefix="djp-state-") as folder:
         info = consumer.register(stream)
+        for table, updates in (tables or {}).items():
+            table.register(stream)
+            stream.publish(table.topics[0], updates)
+            run_pending(stream, table, state_folder=Path(folder))
         for topic, members in by_topic.items():
+            stream.create_topic(topic) if isinstance(topic, Topic) else None
             stream.publish(topic, members)
+        for helper in consumer.helpers:
+            run_pending(stream, helper, state_folder=Path(folder))
         report = run_pending(stream, consumer, resources=resources, state_folder=Path(folder))
         return ConsumerRun(
             emitted={topic.name: list(_all_records(stream, topic)) for topic in consumer.emits},
@@ -147,9 +160,27 @@ def _state_of(stream: EventStream, consumer: Consumer, tasks: int, folder: Path)
         changelog = TopicPartition(changelog_of(consumer.group), task)
         store = TaskStore(folder / f"restored-{task}.db", stream.log, changelog)
         store.catch_up()
-        state.update({decode_value(key): decode_value(value) for key, value in store.items()})
+        for key, raw in store.file.items():
+            value = consumer.visible(decode_value(raw))
+            if value is not None:
+                state[decode_key(key)] = value
         store.close()
     return state
+
+
+@contextmanager
+def kept_up_to_date(stream: EventStream, *consumers: Consumer) -> Iterator[None]:
+    """A worker works on the consumers within the block, in a thread, on local state of its own; then it is stopped."""
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="djp-state-") as folder:
+        worker = Worker(stream, consumers, state_folder=Path(folder))
+        thread = threading.Thread(target=worker.run, args=(stop,), name="djp-testing-worker", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 @contextmanager

@@ -52,3 +52,14 @@ def keys_in(held: bytes, attempt_lengths: Sequence[int] = ()) -> Iterator[str]:
             whole = _ATTEMPT_IN.match(held, start.start())
             text = whole[0].replace(b"\\", b"").decode() if whole else ""
             yield from (text[:length] for length in attempt_lengths if length <= len(text))
+
+
+def mentions_in(held: bytes) -> Iterator[bytes]:
+    """What in these bytes `keys_in` would look at: all of it that has to be kept to keep what they refer to."""
+    if b"sha256" in held:
+        yield from (found[0] for found in _CONTENT_IN.finditer(held))
+    if b"attempts" in held:
+        for start in _ATTEMPTS_IN.finditer(held):
+            whole = _ATTEMPT_IN.match(held, start.start())
+            if whole is not None:
+                yield whole[0]

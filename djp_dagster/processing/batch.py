@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from djp_dagster.claim_check.stores import PayloadStore
-    from djp_dagster.state.store import TaskState
+    from djp_dagster.processing.consumer import Consumer
+    from djp_dagster.state.task_state import TaskState
+    from djp_dagster.state.view import StateView
 
 _READ_BYTES = 4 << 20
 handler_log = logging.getLogger("djp_dagster.handler")
@@ -96,6 +98,10 @@ class Batch:
         ranges: what it covers.
         deadlines: those that fire with this batch; see `set_deadline`.
         is_replay: whether this is a replay, whose emits go nowhere or to a shadow topic.
+        is_redrive: whether its records are dead letters that are tried again.
+        command: what else is to be done than to handle records, if anything; for consumers of the library's own.
+        now_micros: the store's clock when the batch was cut.
+        horizon_micros: everything appended up to then is in it, or in one before; 0 where nothing is promised.
         log: a logger, usable everywhere.
     """
 
@@ -114,11 +120,15 @@ class Batch:
         payloads: "PayloadStore | None" = None,
         max_poison: int = 10,
         blocks: bool = False,
+        views: "Callable[[Consumer], StateView] | None" = None,
     ) -> None:
         self.id, self.group, self.attempt = intent.batch_id, intent.group, intent.attempt
         self.reason, self.ranges = intent.reason, intent.ranges
         self.deadlines: tuple[Deadline, ...] = intent.deadlines
+        self.is_redrive, self.command = intent.kind == "redrive", intent.command
+        self.now_micros, self.horizon_micros = intent.now_micros, intent.horizon_micros
         self.fencing_token = fencing_token
+        self._views = views
         self.log = handler_log
         self.effects = effects
         self._emits_to = effects.only
@@ -221,6 +231,41 @@ class Batch:
     def clear_deadline(self, key: str, *, source: Record | None = None) -> None:
         """Forget the deadline ``key``, set or not."""
         self.effects.set_deadline(self._task_of(source), key, None)
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add to a figure of this name, which Dagster shows, and plots, summed over the batches of a run."""
+        counts = self.effects.counts
+        counts[name] = counts.get(name, 0) + number
+
+    def gauge(self, name: str, value: float) -> None:
+        """Set a figure of this name: what the batch's task holds now; Dagster shows the sum over the tasks of a run."""
+        self.effects.gauges[name] = value
+
+    def table(self, consumer: "Consumer") -> "StateView":
+        """The table (or the state of another stateful consumer) as it is now, from a local replica.
+
+        Whoever keeps it may be behind its topic: `StateView.staleness_s` tells, ``as_of`` says which records it is of.
+
+        Args:
+            consumer: one of the ``tables`` that the consumer declares.
+
+        Raises:
+            InvalidSettingError: it does not.
+            StateLostError, StreamUnavailableError: the replica cannot be brought up to date.
+        """
+        if self._views is None:
+            raise InvalidSettingError(
+                f"consumer {self.group!r} reads the table {consumer.group!r}; declare it with "
+                f"@consumer(tables=[{consumer.group}])",
+                setting="tables",
+                value=consumer.group,
+            )
+        return self._views(consumer)
+
+    @property
+    def task(self) -> int:
+        """The task it belongs to, if it is one's alone, as with state."""
+        return self._tasks[0]
 
     def _task_of(self, source: Record | None) -> int:
         if len(self._tasks) == 1:

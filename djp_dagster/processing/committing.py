@@ -8,7 +8,8 @@ from djp_dagster.claim_check.serializers import store_value
 from djp_dagster.errors import StateMismatchError, StreamBusyError
 from djp_dagster.processing.failures import OUTAGES, Patience
 from djp_dagster.processing.handling import Attempt
-from djp_dagster.state.store import Change, TaskStores
+from djp_dagster.state.file import Change
+from djp_dagster.state.stores import TaskStores
 from djp_dagster.streams.model import Commit, Intent, Lease, NewDeadLetter, Poison
 from djp_dagster.streams.records import (
     CODEC_CHANGES,
@@ -58,7 +59,10 @@ class Committer:
             emits=attempt.emits,
             changelog=self._changelog_of(intent, attempt.changes),
             output=output,
-            dead_letters=() if redrive else tuple(self._dead_letter(found) for found in poison.values()),
+            dead_letters=(
+                *(() if redrive else (self._dead_letter(found) for found in poison.values())),
+                *attempt.effects.letters,
+            ),
             redriven=tuple(letter.id for letter in attempt.letters if letter.id not in failed),
             redrive_failed=tuple((number, found.error_type, found.error) for number, found in failed.items()),
             deadlines=attempt.effects.deadlines,
@@ -100,6 +104,7 @@ class Committer:
     def apply(self, commit: Commit, changes: list[Change]) -> None:
         """Bring the local state to what was committed; if it cannot be, it catches up later."""
         for encoded, offset in commit.changelog:
+            self._stores.grown(encoded.partition, encoded.count, len(encoded.blob))
             try:
                 self._stores[encoded.partition].apply(changes, offset, offset + encoded.count)
             except (StateMismatchError, StreamBusyError) as error:

@@ -4,15 +4,19 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.processing.failures import RetryPolicy
 from djp_dagster.processing.threshold import Threshold
+from djp_dagster.state.snapshots import SnapshotPolicy
 from djp_dagster.streams.model import GroupInfo, GroupSpec
 from djp_dagster.streams.stream import EventStream, StartPosition, parse_start
 from djp_dagster.streams.topics import Topic, check_name
 from djp_dagster.units import Size, is_count, parse_bytes
+
+if TYPE_CHECKING:
+    from djp_dagster.processing.batch import Batch
 
 Isolation = Literal["batch", "per_event"]
 OnPoison = Literal["dead_letter", "block"]
@@ -20,6 +24,7 @@ Handler = Callable[..., Any]
 
 DEFAULT_MAX_BATCH = Threshold(events=100_000, bytes="64MiB")
 DEFAULT_RETRY = RetryPolicy()
+DEFAULT_SNAPSHOTS = SnapshotPolicy()
 
 
 class Consumer:
@@ -33,7 +38,15 @@ class Consumer:
         wants_batch: whether a per-event handler asks for its batch too.
         resource_names: the resources the handler asks for.
         asset_key: the path of its asset in Dagster.
+        aligned: whether a batch holds, of all inputs, what was appended up to one moment.
+        keyed_by_topic: whether keys of its state are keys of its events, and so in their task.
+        tables: whose current state the handler reads.
+        helpers: consumers that must run for this one to get anything.
     """
+
+    aligned = False
+    keyed_by_topic = False
+    helpers: "tuple[Consumer, ...]" = ()
 
     def __init__(
         self,
@@ -52,6 +65,8 @@ class Consumer:
         max_emit_bytes: int,
         code_version: str | None,
         asset_key: str | Sequence[str] | None = None,
+        snapshots: SnapshotPolicy | None = DEFAULT_SNAPSHOTS,
+        tables: "Sequence[Consumer]" = (),
     ) -> None:
         _require_plain(handler)
         self.handler = handler
@@ -60,6 +75,7 @@ class Consumer:
         self.max_batch, self.stateful = max_batch, stateful
         self.isolate, self.on_poison, self.max_poison = isolate, on_poison, max_poison
         self.retry, self.start, self.max_emit_bytes = retry, start, max_emit_bytes
+        self.snapshots, self.tables = snapshots, tuple(tables)
         self._code_version = code_version
         key = self.group if asset_key is None else asset_key
         self.asset_key: tuple[str, ...] = (key,) if isinstance(key, str) else tuple(key)
@@ -75,6 +91,14 @@ class Consumer:
 
     def __repr__(self) -> str:
         return f"Consumer({self.group!r}, topics={[topic.name for topic in self.topics]})"
+
+    def handle(self, batch: "Batch", resources: Mapping[str, Any]) -> Any:
+        """What is done with a batch, unless it is isolated per event."""
+        return self.handler(batch, **resources)
+
+    def visible(self, value: Any) -> Any:
+        """What a reader of the state sees of a value; None is nothing."""
+        return value
 
     @property
     def code_version(self) -> str:
@@ -185,6 +209,8 @@ def consumer(
     max_emit_bytes: Size = "64MiB",
     code_version: str | None = None,
     asset_key: str | Sequence[str] | None = None,
+    snapshots: SnapshotPolicy | None = DEFAULT_SNAPSHOTS,
+    tables: Sequence[Consumer] = (),
 ) -> Callable[[Handler], Consumer]:
     """Make a consumer of a function: it says what to do with a batch, others say when a batch is cut.
 
@@ -209,6 +235,8 @@ def consumer(
         max_emit_bytes: how much one commit may emit.
         code_version: changes when the handler does; a hash of its module unless given.
         asset_key: the key of its asset in Dagster, if it is not the group's name: a name or a path.
+        snapshots: when the state of a stateful consumer is copied to the payload store; None for never.
+        tables: which tables (or other stateful consumers) the handler reads, by ``batch.table(...)``.
 
     Raises:
         InvalidSettingError: naming the argument, its value and what is allowed.
@@ -266,6 +294,8 @@ def consumer(
             max_emit_bytes=parse_bytes(max_emit_bytes, name="max_emit_bytes"),
             code_version=code_version,
             asset_key=asset_key,
+            snapshots=snapshots,
+            tables=tables,
         )
 
     return decorate

@@ -13,6 +13,8 @@ CrashPoint = Literal[
     "6.committed",
     "7.applied",
     "8.reported",
+    "9.snapshot_stored",
+    "9.snapshot_known",
 ]
 """Each is reached right after the step it names (or, for reading and handling, in its middle)."""
 

@@ -65,6 +65,42 @@ def _bounded_by_bytes(
     return cut
 
 
+def cut_aligned(
+    log: EventLog,
+    positions: Mapping[TopicPartition, int],
+    until: Mapping[TopicPartition, int],
+    bound: Threshold,
+) -> tuple[tuple[Range, ...], int]:
+    """The next batch, which holds of all inputs what was appended before one moment; and the last time before that.
+
+    So batches follow each other in the order of append times, whatever bounded each of them. Records of that moment
+    itself come when nothing is left before it, one input after the other.
+    """
+    ranges = cut_ranges(log, positions, until, bound)
+    if not ranges:
+        return (), 0
+    moment = read_up_to(log, positions, ranges)
+    if moment is None:
+        newest = [log.append_time_of(part.at, part.end - 1) for part in ranges]
+        return ranges, max(stamped for stamped in newest if stamped is not None)
+    cut = [(part, min(part.end, log.offset_at(part.at, moment))) for part in ranges]
+    before = tuple(Range(part.topic, part.partition, part.start, end) for part, end in cut if end > part.start)
+    if before:
+        return before, moment - 1
+    for at, offset in sorted(positions.items()):
+        if log.append_time_of(at, offset) == moment and until.get(at, offset) > offset:
+            end = min(until[at], log.offset_at(at, moment + 1))
+            return cut_ranges(log, {at: offset}, {at: end}, bound), moment - 1
+    return (), 0
+
+
+def read_up_to(log: EventLog, positions: Mapping[TopicPartition, int], ranges: Sequence[Range]) -> int | None:
+    """The append time of the first record that is left unread after ``ranges``; None if none is."""
+    ends = dict(positions) | {part.at: part.end for part in ranges}
+    unread = [stamped for at, end in ends.items() if (stamped := log.append_time_of(at, end)) is not None]
+    return min(unread, default=None)
+
+
 def deadlines_within(
     log: EventLog,
     due: Sequence[Deadline],

@@ -8,7 +8,7 @@ import msgspec
 
 from djp_dagster.errors import CommitTooLargeError, InvalidEventError, InvalidSettingError
 from djp_dagster.events import Event, generated_id_prefix
-from djp_dagster.streams.model import Poison
+from djp_dagster.streams.model import NewDeadLetter, Poison
 from djp_dagster.streams.publishing import encode, partitioner
 from djp_dagster.streams.records import EncodedBatch, Origin, Record
 
@@ -40,7 +40,12 @@ class Emits:
 
 
 class Effects:
-    """Emits, failed records and deadlines of one attempt at one batch."""
+    """Emits, failed records, deadlines and figures of one attempt at one batch.
+
+    Attributes:
+        failed: records of the batch that go to the dead letters.
+        letters: dead letters of records of earlier batches, which a handler kept.
+    """
 
     def __init__(
         self,
@@ -54,6 +59,9 @@ class Effects:
         self.only = next(iter(self._emits.values())) if len(self._emits) == 1 else None
         self._max_emit_bytes = max_emit_bytes
         self.failed: dict[Position, Poison] = {}
+        self.letters: list[NewDeadLetter] = []
+        self.counts: dict[str, int] = {}
+        self.gauges: dict[str, float] = {}
         self.deadlines: dict[tuple[int, str], int | None] = {}
         self._undo_deadlines: list[tuple[tuple[int, str], dict[tuple[int, str], int | None]]] = []
 

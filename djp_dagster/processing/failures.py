@@ -17,6 +17,7 @@ from djp_dagster.errors import (
     PayloadStoreRefusedError,
     PayloadStoreUnavailableError,
     PoisonBlockedError,
+    StateLostError,
     StreamBusyError,
     StreamCorruptError,
     StreamFailedError,
@@ -39,6 +40,7 @@ OUTAGES = (StreamUnavailableError, StreamBusyError, StreamFullError, PayloadStor
 FATAL = (
     FencedError,
     OffsetOutOfRangeError,
+    StateLostError,
     StreamCorruptError,
     StreamFailedError,
     StreamFormatError,

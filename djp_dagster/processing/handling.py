@@ -2,17 +2,21 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from djp_dagster.errors import StateMismatchError, TransientError
+from djp_dagster.errors import InvalidSettingError, StateMismatchError, TransientError
 from djp_dagster.processing.batch import Batch, ByteCount, read_ranges
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, EmitScope, Position
 from djp_dagster.processing.failures import HandlerError, systemic
-from djp_dagster.state.store import Change, TaskState, TaskStores
+from djp_dagster.state.file import Change
+from djp_dagster.state.stores import TaskStores
+from djp_dagster.state.task_state import TaskState
+from djp_dagster.state.view import StateView
 from djp_dagster.streams.model import DeadLetter, Intent, Lease, Range
 from djp_dagster.streams.records import EncodedBatch, Origin, Record, Undecodable, decode_one
 from djp_dagster.streams.stream import EventStream
@@ -45,17 +49,49 @@ class Handling:
         consumer: whose handler to run.
         resources: its further parameters.
         stores: the local state of its tasks.
+        state_folder: where replicas of tables lie.
     """
 
     def __init__(
-        self, stream: EventStream, consumer: Consumer, resources: Mapping[str, Any], stores: TaskStores
+        self,
+        stream: EventStream,
+        consumer: Consumer,
+        resources: Mapping[str, Any],
+        stores: TaskStores,
+        state_folder: Path | None,
     ) -> None:
         self._stream, self._consumer, self._stores = stream, consumer, stores
         self._resources = consumer.resources_from(resources)
         self._emit_topics = [stream.log.topic(topic.name) for topic in consumer.emits]
         self._input_topics = {topic.name: stream.log.topic(topic.name) for topic in consumer.topics}
         self._payloads = stream.payloads if stream.has_payloads else None
+        self._state_folder = state_folder
+        self._views: dict[str, StateView] = {}
+        self._fresh: set[str] = set()
         self._scope = f"{stream.incarnation[:12]}/{consumer.group}"
+
+    def close(self) -> None:
+        """Release the replicas that handlers have read."""
+        for view in self._views.values():
+            view.close()
+        self._views.clear()
+
+    def _view(self, table: Consumer) -> StateView:
+        if all(known.group != table.group for known in self._consumer.tables):
+            raise InvalidSettingError(
+                f"consumer {self._consumer.group!r} reads the table {table.group!r}; declare it with "
+                f"@consumer(tables=[...])",
+                setting="tables",
+                value=table.group,
+            )
+        view = self._views.get(table.group)
+        if view is None:
+            view = self._views[table.group] = StateView(self._stream, table, folder=self._state_folder)
+            self._fresh.add(table.group)
+        if table.group not in self._fresh:
+            view.refresh()
+            self._fresh.add(table.group)
+        return view
 
     def run(self, lease: Lease, intent: Intent, ranges: Sequence[Range], skip: frozenset[Position]) -> Attempt:
         """Run the handler on ``ranges`` without ``skip`` (in a redrive: on the intent's dead letters).
@@ -66,8 +102,10 @@ class Handling:
         consumer = self._consumer
         scope = EmitScope(self._stream.incarnation, consumer.group, intent.batch_id)
         effects = Effects(scope, self._emit_topics, consumer.max_emit_bytes, self._payloads)
-        state = TaskState(self._stores.caught_up(intent.tasks[0])) if consumer.stateful else None
+        state = TaskState(self._stores.caught_up(intent.tasks[0]).file) if consumer.stateful else None
         redrive = intent.kind == "redrive"
+        if intent.command is not None and intent.command.get("kind") == "rebuild":
+            ranges = self._history(ranges)
         letters = self._letters_of(intent) if redrive else ()
         log, count, claimed = self._stream.log, ByteCount(), self._stream.claimed
         batch = Batch(
@@ -84,7 +122,9 @@ class Handling:
             # A redrive that fails says nothing about what is pending.
             max_poison=len(letters) if redrive else consumer.max_poison,
             blocks=consumer.on_poison == "block" and not redrive,
+            views=self._view if consumer.tables else None,
         )
+        self._fresh.clear()
         reach("4.handling")
         try:
             value = self._call(batch, effects, state)
@@ -103,7 +143,7 @@ class Handling:
     def _call(self, batch: Batch, effects: Effects, state: TaskState | None) -> Any:
         consumer = self._consumer
         if consumer.isolate == "batch":
-            return consumer.handler(batch, **self._resources)
+            return consumer.handle(batch, self._resources)
         resources = {**self._resources, "batch": batch} if consumer.wants_batch else self._resources
         for record in batch:
             mark, state_mark = effects.mark(), state.mark() if state is not None else 0
@@ -126,6 +166,11 @@ class Handling:
         found = effects.failed[record.position]
         if len(effects.failed) > batch.max_poison:
             raise systemic(batch.group, batch.max_poison, batch.id, len(effects.failed), found.error_type, found.error)
+
+    def _history(self, ranges: Sequence[Range]) -> list[Range]:
+        """All that was ever handled: from where the log begins to the committed offsets."""
+        spans = self._stream.log.spans([part.topic for part in ranges])
+        return [Range(part.topic, part.partition, spans[part.at].begin, part.start) for part in ranges]
 
     def _letters_of(self, intent: Intent) -> list[DeadLetter]:
         letters = self._stream.coordinator.dead_letters_by_id(intent.group, intent.dead_letters)

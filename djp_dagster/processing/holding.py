@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 from uuid import uuid4
 
-from djp_dagster.errors import RedriveFailedError
+from djp_dagster.errors import RedriveFailedError, StateLostError
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
-from djp_dagster.processing.cutting import cut_ranges, deadlines_within
+from djp_dagster.processing.cutting import cut_aligned, cut_ranges, deadlines_within, read_up_to
 from djp_dagster.processing.processor import Processor
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.threshold import Threshold
@@ -96,12 +96,19 @@ class Holding:
         if until is None:
             spans = self._log.spans([topic.name for topic in self._consumer.topics])
             until = {at: spans[at].end for at in positions}
-        ranges = cut_ranges(self._log, positions, until, bound)
+        if self._consumer.aligned:
+            ranges, horizon = cut_aligned(self._log, positions, until, bound)
+        else:
+            ranges, horizon = cut_ranges(self._log, positions, until, bound), 0
         now = self._log.now_micros()
         fired: tuple[Deadline, ...] = ()
         if self._next_due is not None and self._next_due <= now:
             due = self._coordinator.due_deadlines(self.lease.group, sorted(wanted), now, _MAX_DEADLINES)
             fired = deadlines_within(self._log, due, positions, ranges)
+        if fired and len(wanted) == 1:
+            # Whoever swept by deadlines one by one would need a batch for each; this says how far all is read.
+            unread = read_up_to(self._log, positions, ranges)
+            horizon = max(horizon, now if unread is None else min(now, unread - 1))
         if not ranges and not fired:
             return None
         return Intent(
@@ -109,10 +116,11 @@ class Holding:
             group=self.lease.group,
             kind="cut",
             tasks=tuple(sorted(wanted)),
-            ranges=_with_empty(ranges, positions, {deadline.task for deadline in fired}),
+            ranges=_with_empty(ranges, positions, wanted if horizon else {deadline.task for deadline in fired}),
             reason=reason if ranges else "deadline",
             now_micros=now,
             deadlines=fired,
+            horizon_micros=horizon,
         )
 
     def _do(self, intent: Intent, *, resumed: bool) -> BatchReport | None:
@@ -129,6 +137,8 @@ class Holding:
             self._next_due = self._coordinator.next_deadline(self.lease.group, sorted(self.lease.epochs))
         self._on_report(report)
         reach("8.reported")
+        if self._consumer.stateful:
+            self._processor.snapshot_if_due(self.lease, intent.tasks)
         return report
 
     def do_requests(self) -> list[BatchReport]:
@@ -139,6 +149,8 @@ class Holding:
                 reports.extend(self._redrive(request))
             elif request.kind == "cut":
                 reports.extend(self._cut_as_asked(request))
+            elif request.kind == "command" and request.body.get("task") in self.lease.epochs:
+                reports.extend(self._do_as_asked(request))
         return reports
 
     def _redrive(self, request: Request) -> list[BatchReport]:
@@ -171,6 +183,46 @@ class Holding:
         if not letters:
             self._coordinator.finish_request(self.lease, request.id, "done")
         return reports
+
+    def _do_as_asked(self, request: Request) -> list[BatchReport]:
+        try:
+            return self.do_command(request.body, requests=(request.id,))
+        except StateLostError as error:
+            self._coordinator.finish_request(self.lease, request.id, f"failed: {error}")
+            return []
+
+    def do_command(self, command: Mapping[str, object], *, requests: tuple[int, ...] = ()) -> list[BatchReport]:
+        """A batch without records: what the command says is done to the task it names."""
+        task = cast(int, command["task"])
+        positions = {at: offset for at, offset in self._positions.items() if at.partition == task}
+        if command["kind"] == "rebuild":
+            self._require_history(positions)
+        intent = Intent(
+            batch_id=uuid4().hex,
+            group=self.lease.group,
+            kind="cut",
+            tasks=(task,),
+            ranges=_with_empty((), positions, {task}),
+            reason=str(command["kind"]),
+            now_micros=self._log.now_micros(),
+            command=command,
+            requests=requests,
+        )
+        self._processor.begin(self.lease, intent)
+        report = self._do(intent, resumed=False)
+        return [] if report is None else [report]
+
+    def _require_history(self, positions: Positions) -> None:
+        spans = self._log.spans([at.topic for at in positions])
+        for at in positions:
+            if spans[at].begin > 0:
+                raise StateLostError(
+                    f"table {self.lease.group!r} cannot be made anew from {at.topic!r} partition {at.partition}: "
+                    f"retention has removed what was before offset {spans[at].begin}; the table itself is kept",
+                    topic=at.topic,
+                    partition=at.partition,
+                    begin=spans[at].begin,
+                )
 
     def _cut_as_asked(self, request: Request) -> list[BatchReport]:
         reports = []

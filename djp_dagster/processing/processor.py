@@ -27,10 +27,9 @@ from djp_dagster.processing.failures import OUTAGES, HandlerError, Patience, des
 from djp_dagster.processing.handling import Handling
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.search import DIED, find_poison, idle, poison_of, searchable
-from djp_dagster.state.store import TaskStores
+from djp_dagster.state.stores import TaskStores
 from djp_dagster.streams.model import PROCESS_DIED, Commit, Intent, Lease, Probe
 from djp_dagster.streams.stream import EventStream
-from djp_dagster.streams.topics import changelog_of
 from djp_dagster.units import Duration
 
 _log = logging.getLogger(__name__)
@@ -60,18 +59,27 @@ class Processor:
         patience: Duration = "10min",
     ) -> None:
         self._coordinator, self._log, self._consumer = stream.coordinator, stream.log, consumer
-        self._stores = TaskStores(stream.log, consumer.group, changelog_of(consumer.group), state_folder)
+        self._stores = TaskStores(stream, consumer.group, state_folder, consumer.snapshots)
         self._patience = Patience(stop if stop is not None else threading.Event(), patience)
-        self._handling = Handling(stream, consumer, resources or {}, self._stores)
+        self._handling = Handling(stream, consumer, resources or {}, self._stores, state_folder)
         self._committer = Committer(stream, self._stores, self._patience)
 
     def close(self) -> None:
         """Release the local state files."""
+        self._handling.close()
         self._stores.close()
 
     def drop_state(self, tasks: Sequence[int]) -> None:
         """Close the local state of tasks given away, so that whoever holds them next finds it free."""
         self._stores.drop(tasks)
+
+    def snapshot_if_due(self, lease: Lease, tasks: Sequence[int]) -> None:
+        """Take snapshots of the state of those tasks for which they are due.
+
+        Raises:
+            FencedError: the lease was lost.
+        """
+        self._stores.snapshot_if_due(lease, tasks)
 
     def process(self, lease: Lease, intent: Intent, *, resumed: bool) -> BatchReport:
         """Do the batch: attempt it until it is committed.
@@ -198,6 +206,8 @@ class Processor:
             seconds=finished - started,
             handler_seconds=handled - started,
             commit_seconds=finished - committing,
+            counts=attempt.effects.counts,
+            gauges=attempt.effects.gauges,
         )
 
     def _after_failure(self, lease: Lease, intent: Intent, error: Exception) -> Intent:
@@ -265,8 +275,9 @@ class Processor:
         return self._coordinator.resume(lease, intent.batch_id)
 
     def _cut_longer(self, lease: Lease, intent: Intent) -> Intent:
-        """Grow the ranges as far as records are not younger than the fired deadlines."""
-        latest = max(deadline.due_micros for deadline in intent.deadlines)
+        """Grow the ranges as far as records are not younger than what the batch has promised to hold."""
+        latest = max((deadline.due_micros for deadline in intent.deadlines), default=0)
+        latest = max(latest, intent.horizon_micros)
         ranges = tuple(
             _replace(part, end=max(part.end, self._log.offset_at(part.at, latest + 1))) for part in intent.ranges
         )

@@ -1,16 +1,15 @@
 """Dead letters back through their group's handler, and that handler alone."""
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from djp_dagster.errors import LeaseBusyError, UnknownDeadLetterError
+from djp_dagster.errors import UnknownDeadLetterError
+from djp_dagster.processing.commands import carry_out
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.processing.run import run_pending
 from djp_dagster.streams.model import DeadLetter
 from djp_dagster.streams.stream import EventStream
-from djp_dagster.units import Duration, parse_seconds
+from djp_dagster.units import Duration
 
 _PAGE = 1000
 
@@ -96,12 +95,5 @@ def redrive(
     """
     numbers = [letter.id for letter in _pending(stream, consumer.group)] if ids is None else sorted(set(ids))
     requests = request_redrive(stream, consumer.group, numbers)
-    give_up = time.monotonic() + parse_seconds(wait, name="wait")
-    while any(stream.coordinator.request_status(number) == "open" for number in requests):
-        try:
-            run_pending(stream, consumer, resources=resources, state_folder=state_folder, wait=0, only_requests=True)
-        except LeaseBusyError:
-            if time.monotonic() >= give_up:
-                raise
-            time.sleep(0.2)
+    carry_out(stream, consumer, requests, resources=resources, state_folder=state_folder, wait=wait)
     return _by_id(stream, consumer.group, numbers)

@@ -1,5 +1,7 @@
 """`BatchReport`: what a committed batch did."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from djp_dagster.claim_check.claims import PayloadRef
@@ -11,6 +13,8 @@ class BatchReport(msgspec.Struct, frozen=True):
 
     Attributes:
         bytes: encoded size of the records the handler read.
+        counts: what the handler counted, by name; to be added up.
+        gauges: what it measured, by name, e.g. what its task holds now.
         seconds: from the start of its last attempt to its commit.
         handler_seconds, commit_seconds: the parts of that.
     """
@@ -31,3 +35,5 @@ class BatchReport(msgspec.Struct, frozen=True):
     seconds: float
     handler_seconds: float
     commit_seconds: float
+    counts: Mapping[str, int] = {}
+    gauges: Mapping[str, float] = {}

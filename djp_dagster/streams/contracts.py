@@ -16,15 +16,18 @@ from djp_dagster.streams.model import (
     Deadline,
     GroupInfo,
     GroupSpec,
+    GroupView,
     Intent,
     Lease,
     MemberInfo,
     Membership,
+    NewSnapshot,
     Output,
     PartitionSpan,
     ProducerStamp,
     ReaderPosition,
     Request,
+    Snapshot,
     Start,
     TaskInfo,
     TopicInfo,
@@ -176,6 +179,21 @@ class Coordinator(Protocol):
 
     def settle(self, commit: Commit) -> bool:
         """After an unclear `commit`: True, it took effect; False, it did not, send it again; else `FencedError`."""
+
+    def add_snapshot(self, lease: Lease, snapshot: NewSnapshot, *, keep: int) -> None:
+        """Make a stored snapshot known; forget all but the newest ``keep``, and of the changelog what these cover.
+
+        Nothing of the changelog goes before there are ``keep`` of them.
+
+        Raises:
+            FencedError: the lease was lost; nothing changed.
+        """
+
+    def snapshots(self, group: str, task: int) -> list[Snapshot]:
+        """The known snapshots of the task's changelog, newest first."""
+
+    def view(self, group: str) -> GroupView:
+        """Committed offsets, changelog ends and backlog, as of one moment."""
 
     def seek(
         self, group: str, to: Start | Mapping[TopicPartition, int], *, reset_state: bool = False

@@ -4,7 +4,7 @@ All times are whole microseconds since 1970 by the *store's* clock.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -189,6 +189,46 @@ class Deadline(msgspec.Struct, frozen=True, array_like=True):
     due_micros: int
 
 
+class Snapshot(msgspec.Struct, frozen=True):
+    """A copy of a task's state in the payload store.
+
+    Attributes:
+        offset: of the changelog, up to which it is.
+        payload: a SQLite file, as `djp_dagster.state.file` writes it.
+        mentions: keys of payloads that its values refer to, and that must live as long as it does.
+    """
+
+    number: int
+    task: int
+    offset: int
+    payload: PayloadRef
+    mentions: bytes
+    created_micros: int
+
+
+class NewSnapshot(msgspec.Struct, frozen=True):
+    """A snapshot that is stored and not yet known; see `Snapshot`."""
+
+    task: int
+    offset: int
+    payload: PayloadRef
+    mentions: bytes
+
+
+class GroupView(msgspec.Struct, frozen=True):
+    """What a group's state is made of, as of one moment.
+
+    Attributes:
+        positions: the committed offsets.
+        changelog: the end of each task's changelog.
+        backlog: what is pending.
+    """
+
+    positions: Mapping[TopicPartition, int]
+    changelog: Mapping[int, int]
+    backlog: Backlog
+
+
 class Poison(msgspec.Struct, frozen=True, array_like=True):
     """A record found to fail, and how."""
 
@@ -234,6 +274,9 @@ class Intent(msgspec.Struct, frozen=True):
         failures, deaths: what the retry budget counts: failed handlers and holders that vanished while handling.
         running: an attempt has begun and has not said how it ended.
         now_micros: the store's clock when the batch was cut; deadlines up to it are due.
+        horizon_micros: of a batch of one task: everything appended up to then is in it, or in one before; 0: nothing
+            is said.
+        command: something else to be done than to handle records; its ``kind`` says what.
         not_before_micros: the next attempt waits until then.
     """
 
@@ -245,6 +288,8 @@ class Intent(msgspec.Struct, frozen=True):
     reason: str
     now_micros: int
     deadlines: tuple[Deadline, ...] = ()
+    horizon_micros: int = 0
+    command: Mapping[str, Any] | None = None
     dead_letters: tuple[int, ...] = ()
     requests: tuple[int, ...] = ()
     poison: tuple[Poison, ...] = ()

@@ -20,6 +20,8 @@ from djp_dagster.units import Duration, parse_seconds
 if TYPE_CHECKING:
     from djp_dagster.claim_check.collection import CollectionReport
     from djp_dagster.claim_check.stores import PayloadStore
+    from djp_dagster.processing.consumer import Consumer
+    from djp_dagster.state.view import StateView
     from djp_dagster.streams.sql.database import Clock
 
 _READ_BYTES = 4 << 20
@@ -233,6 +235,33 @@ class EventStream:
     def discard_dead_letters(self, group: str, ids: Sequence[int]) -> int:
         """Mark pending dead letters as discarded; how many were."""
         return self.coordinator.discard_dead_letters(group, ids)
+
+    def view(self, consumer: "Consumer", *, folder: Path | None = None) -> "StateView":
+        """The state of a consumer, or a table, as it is now: a read-only replica. Close it after use.
+
+        Args:
+            consumer: whose state it is.
+            folder: where replicas lie, for all processes of this host (``$DJP_STATE_FOLDER``, else ``.djp/state``).
+
+        Raises:
+            InvalidSettingError: the consumer keeps no state.
+            StateLostError: neither a snapshot nor the beginning of its changelog is left.
+
+        Example:
+            >>> import tempfile
+            >>> from djp_dagster import Table, Topic, testing
+            >>> updates = Topic("updates", key="user_id")
+            >>> emails = Table("emails", topic=updates, key="user_id", value="email")
+            >>> with testing.memory_stream() as stream, tempfile.TemporaryDirectory() as folder:
+            ...     _ = emails.register(stream)
+            ...     [went] = stream.publish(updates, [updates.event(user_id="u1", email="a@b.c")])
+            ...     with testing.kept_up_to_date(stream, emails), stream.view(emails, folder=Path(folder)) as view:
+            ...         view.refresh(at_least={TopicPartition("updates", 0): went.base_offset + 1}).get("u1")
+            'a@b.c'
+        """
+        from djp_dagster.state.view import StateView
+
+        return StateView(self, consumer, folder=folder)
 
     def seek(
         self,

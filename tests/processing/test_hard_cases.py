@@ -17,6 +17,7 @@ from djp_dagster.errors import (
     StreamUnavailableError,
 )
 from djp_dagster.processing.leases import LeaseKeeper
+from djp_dagster.state.file import StateFile
 from djp_dagster.state.store import TaskStore
 from djp_dagster.streams.publishing import Producer
 from djp_dagster.streams.records import TopicPartition
@@ -38,7 +39,7 @@ def test_a_group_made_anew_does_not_inherit_local_state(stream: EventStream, tmp
     run_pending(stream, tally, state_folder=tmp_path / "here")
     store = TaskStore(tmp_path / "fresh.db", stream.log, TopicPartition("__changelog.tally", 0))
     store.catch_up()
-    assert [int(value[0]) for _, value in store.items()] == [1 + 2 + 3 + 10]
+    assert [int(value[0]) for _, value in store.file.items()] == [1 + 2 + 3 + 10]
     store.close()
 
 
@@ -82,9 +83,9 @@ def test_any_error_text_can_be_stored(stream: EventStream, text: str) -> None:
 def test_trouble_with_the_local_state_blames_no_record(
     stream: EventStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, failed = TaskStore.get, []
+    original, failed = StateFile.get, []
 
-    def damaged(store: TaskStore, key: bytes) -> Any:
+    def damaged(store: StateFile, key: bytes) -> Any:
         if failed:
             return original(store, key)
         failed.append(key)
@@ -93,7 +94,7 @@ def test_trouble_with_the_local_state_blames_no_record(
 
     quick = consumer(topic=NUMBERS, stateful=True, group="tally", retry=FAST)(tally.handler)
     fill(stream, NUMBERS, numbers(3))
-    monkeypatch.setattr(TaskStore, "get", damaged)
+    monkeypatch.setattr(StateFile, "get", damaged)
     run_pending(stream, quick, state_folder=tmp_path)
     assert failed
     assert stream.dead_letters(status=None) == []

@@ -55,10 +55,11 @@ def test_what_a_failing_record_did_is_taken_back(stream: EventStream, clock: Clo
     found = stream.coordinator.due_deadlines("handle", [0], round((clock.now_s + 1000) * 1e6), 100)
     assert {deadline.key for deadline in found} == {"d0", "d1", "d4", "last"}
     assert max(deadline.due_micros for deadline in found) == round((clock.now_s + 104) * 1e6)
+    from djp_dagster.state.keys import decode_key
     from djp_dagster.streams.records import decode_value
     from tests.state.kit import state_of
 
-    state = {decode_value(key): decode_value(value) for key, value in state_of(stream, "handle").items()}
+    state = {decode_key(key): decode_value(value) for key, value in state_of(stream, "handle").items()}
     assert state == {"sum": 5, "seen-0": True, "seen-1": True, "seen-4": True}
 
 

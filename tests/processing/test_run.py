@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from djp_dagster import Batch, BatchReport, EventStream, Threshold, Topic, consumer, run_pending, testing
+from djp_dagster import (
+    Batch,
+    BatchReport,
+    EventStream,
+    SnapshotPolicy,
+    Threshold,
+    Topic,
+    consumer,
+    run_pending,
+    testing,
+)
 from djp_dagster.errors import FencedError, LeaseBusyError, StreamUnavailableError
 from djp_dagster.testing import Clock, crash_at
 from tests.processing.kit import (
@@ -242,7 +252,7 @@ class TestCrash:
 
     @pytest.mark.parametrize("point", testing.CRASH_POINTS)
     def test_the_next_run_completes_it_once(self, stream: EventStream, point: Any, tmp_path: Any) -> None:
-        @consumer(topic=NUMBERS, emits=[OUT], stateful=True, retry=FAST)
+        @consumer(topic=NUMBERS, emits=[OUT], stateful=True, retry=FAST, snapshots=SnapshotPolicy(changes=1))
         def handle(batch: Batch) -> dict[str, int]:
             for record in batch:
                 batch.emit(OUT.event(n=record.data["n"]))

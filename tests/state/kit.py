@@ -15,6 +15,6 @@ def state_of(stream: EventStream, group: str, task: int = 0) -> dict[bytes, byte
         store = TaskStore(Path(folder) / "s.db", stream.log, TopicPartition(changelog_of(group), task))
         try:
             store.catch_up()
-            return dict(store.items())
+            return dict(store.file.items())
         finally:
             store.close()

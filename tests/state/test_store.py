@@ -13,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from djp_dagster import Batch, EventStream, Topic, consumer, run_pending
 from djp_dagster.errors import InvalidValueError, StateMismatchError, StreamCorruptError
-from djp_dagster.state.store import TaskState, TaskStore
-from djp_dagster.streams.records import CODEC_CHANGES, EncodedBatch, TopicPartition, encode_changes, encode_value
+from djp_dagster.state.keys import decode_key, encode_key
+from djp_dagster.state.store import TaskStore
+from djp_dagster.state.task_state import TaskState
+from djp_dagster.streams.records import CODEC_CHANGES, EncodedBatch, TopicPartition, encode_changes
 from djp_dagster.testing import memory_stream
 from tests.processing.kit import NUMBERS, fill, numbers
 from tests.state.kit import state_of
@@ -51,7 +53,7 @@ def contents(path: Path, stream: EventStream) -> tuple[dict[bytes, bytes], int]:
     store = opened(path, stream)
     try:
         store.catch_up()
-        return dict(store.items()), store.offset
+        return dict(store.file.items()), store.offset
     finally:
         store.close()
 
@@ -144,7 +146,7 @@ def test_applying_elsewhere_changes_nothing(stream: EventStream, path: Path) -> 
     for expected in (0, 1, 3):
         with pytest.raises(StateMismatchError, match="do not follow"):
             store.apply([(b"a", b"wrong")], expected, 9)
-    assert (dict(store.items()), store.offset) == ({b"a": b"1", b"b": b"2"}, 2)
+    assert (dict(store.file.items()), store.offset) == ({b"a": b"1", b"b": b"2"}, 2)
     store.close()
 
 
@@ -193,9 +195,9 @@ class TestInAGroup:
             run_pending(stream, total, state_folder=tmp_path)
             found = state_of(stream, "g")
             store = TaskStore(file, stream.log, TopicPartition("__changelog.g", 0))
-            assert dict(store.items()) == found
+            assert dict(store.file.items()) == found
             store.close()
-        assert msgspec.msgpack.decode(found[encode_value("sum")]) == 45
+        assert msgspec.msgpack.decode(found[encode_key("sum")]) == 45
         assert len(found) == 11
 
     def test_the_environment_names_the_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +226,7 @@ class StateAgainstDict(RuleBasedStateMachine):
         stream = self.context.__enter__()
         stream.create_topic(Topic(CHANGELOG.topic))
         self.store = TaskStore(Path(stream.payloads.objects.folder) / "state.db", stream.log, CHANGELOG)  # type: ignore[attr-defined]
-        self.state = TaskState(self.store)
+        self.state = TaskState(self.store.file)
         self.model: dict[Any, Any] = {}
         self.committed: dict[Any, Any] = {}
         self.marks: list[tuple[int, dict[Any, Any]]] = []
@@ -264,16 +266,16 @@ class StateAgainstDict(RuleBasedStateMachine):
         offset = self.store.offset
         self.store.apply(changes, offset, offset + len(changes))
         self.committed = dict(self.model)
-        self.state, self.marks = TaskState(self.store), []
+        self.state, self.marks = TaskState(self.store.file), []
 
     @rule()
     def abandon(self) -> None:
-        self.state, self.marks, self.model = TaskState(self.store), [], dict(self.committed)
+        self.state, self.marks, self.model = TaskState(self.store.file), [], dict(self.committed)
 
     @invariant()
     def the_store_holds_what_was_committed(self) -> None:
         if hasattr(self, "store"):
-            stored = {msgspec.msgpack.decode(key): msgspec.msgpack.decode(value) for key, value in self.store.items()}
+            stored = {decode_key(key): msgspec.msgpack.decode(value) for key, value in self.store.file.items()}
             assert stored == self.committed
 
     def teardown(self) -> None:
@@ -288,10 +290,9 @@ TestStateAgainstDict.settings = settings(max_examples=15, stateful_step_count=30
 
 def test_none_is_no_value_and_what_cannot_be_stored_is_named(stream: EventStream, path: Path) -> None:
     store = opened(path, stream)
-    state = TaskState(store)
+    state = TaskState(store.file)
     with pytest.raises(InvalidValueError, match="delete"):
         state.set("k", None)
-    state.set("bad", object())
     with pytest.raises(InvalidValueError, match="'bad'"):
-        state.changes()
+        state.set("bad", object())
     store.close()

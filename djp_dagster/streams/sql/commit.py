@@ -123,7 +123,7 @@ class SqlCommits(SqlLeases):
             if commit.output is not None:
                 # Readers follow outputs by sequence, so they must become visible in that order.
                 connection.execute(_lock_group, {"g": group_id})
-            if commit.intent.deadlines:
+            if commit.intent.deadlines or commit.intent.horizon_micros:
                 self._require_inputs_read(connection, commit)
             appended = self._append(connection, commit)
             self._move_positions(connection, group_id, commit)
@@ -151,12 +151,13 @@ class SqlCommits(SqlLeases):
             raise fenced(lease)
 
     def _require_inputs_read(self, connection: Connection, commit: Commit) -> None:
-        """No input may hold an unread record stamped before a deadline this batch fired.
+        """No input may hold an unread record stamped before a deadline this batch fired, or before its horizon.
 
         The input partitions are locked until the transaction ends, so nothing can slip in behind the look. Partitions
         that this commit also appends to are locked here first, in the same order.
         """
-        latest = max(deadline.due_micros for deadline in commit.intent.deadlines)
+        latest = max((deadline.due_micros for deadline in commit.intent.deadlines), default=0)
+        latest = max(latest, commit.intent.horizon_micros)
         inputs = {(self.log.catalog.id_of(r.topic), r.partition) for r in commit.intent.ranges}
         appended_to = [*commit.emits, *(batch for batch, _ in commit.changelog)]
         others = {(self.log.catalog.id_of(batch.topic), batch.partition) for batch in appended_to}

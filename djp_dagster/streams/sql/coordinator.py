@@ -10,9 +10,9 @@ from djp_dagster.claim_check.claims import PayloadRef
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.streams.model import DeadLetter, Lease, Output, ReaderPosition, Request
 from djp_dagster.streams.sql import schema
-from djp_dagster.streams.sql.commit import SqlCommits
 from djp_dagster.streams.sql.database import new_id
 from djp_dagster.streams.sql.groups import encode_json
+from djp_dagster.streams.sql.snapshots import SqlSnapshots
 from djp_dagster.streams.topics import check_name
 
 _letters, _outputs, _requests, _readers = schema.dead_letters, schema.outputs, schema.requests, schema.readers
@@ -21,7 +21,7 @@ _ROWS_PER_PAGE = 64
 _STATUSES = ("pending", "redriven", "discarded")
 
 
-class SqlCoordinator(SqlCommits):
+class SqlCoordinator(SqlSnapshots):
     """Groups, leases, intents, commits, outputs, dead letters and requests in SQLite or PostgreSQL."""
 
     def outputs(self, group: str, *, after: int = 0, limit: int = 1000) -> list[Output]:
@@ -113,6 +113,10 @@ class SqlCoordinator(SqlCommits):
                 yield from _paged(connection, number, held)
             for payload in _paged(connection, _outputs.c.sequence, _outputs.c.payload):
                 yield payload.encode()
+            snapshots = schema.snapshots
+            for payload in _paged(connection, snapshots.c.id, snapshots.c.payload):
+                yield payload.encode()
+            yield from _paged(connection, snapshots.c.id, snapshots.c.mentions)
 
     def request(self, group: str, kind: str, body: Mapping[str, object]) -> int:
         """See `Coordinator.request`."""

@@ -201,6 +201,7 @@ class SqlGroups:
                     _members,
                     _intents,
                     schema.deadlines,
+                    schema.snapshots,
                     schema.dead_letters,
                     schema.outputs,
                     schema.readers,
@@ -259,8 +260,12 @@ class SqlGroups:
     def pending(self, group: str) -> Backlog:
         """See `Coordinator.pending`."""
         with self.database.read() as connection:
-            found = self._rows_of(connection, _pending, group)
-            return backlog_of(found, self.database.now_micros(connection))
+            return self.backlog_in(connection, group)
+
+    def backlog_in(self, connection: Connection, group: str) -> Backlog:
+        """What is pending, inside a transaction."""
+        found = self._rows_of(connection, _pending, group)
+        return backlog_of(found, self.database.now_micros(connection))
 
     def seek(
         self, group: str, to: Start | Mapping[TopicPartition, int], *, reset_state: bool = False
@@ -283,7 +288,8 @@ class SqlGroups:
                 # Nothing of an open batch has been committed, and with its epoch gone nothing of it can be.
                 connection.execute(sa.delete(_intents).where(_intents.c.group_id == group_id))
                 if reset_state:
-                    connection.execute(sa.delete(schema.deadlines).where(schema.deadlines.c.group_id == group_id))
+                    for table in (schema.deadlines, schema.snapshots):
+                        connection.execute(sa.delete(table).where(table.c.group_id == group_id))
                     self.log.catalog.empty_in(connection, changelog_of(group))
                 self.database.notify(connection)
         if busy is not None:

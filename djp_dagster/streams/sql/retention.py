@@ -103,6 +103,27 @@ def _trim_step(
     return part.begin_offset, base + count, {name for name, offset in committed.items() if offset < base + count}
 
 
+def drop_before(database: Database, topic_id: int, partition: int, offset: int) -> None:
+    """Remove the record batches that lie before ``offset`` as a whole, some at a time."""
+    here = (_parts.c.topic_id == topic_id, _parts.c.partition == partition)
+    covered = (
+        _rows.c.topic_id == topic_id,
+        _rows.c.partition == partition,
+        _rows.c.base_offset + _rows.c["count"] <= offset,
+    )
+    query = sa.select(_rows.c.base_offset, _rows.c["count"]).where(*covered).order_by(_rows.c.base_offset)
+    while True:
+        with database.write() as connection:
+            if connection.execute(sa.select(_parts.c.partition).where(*here).with_for_update()).one_or_none() is None:
+                return
+            found = connection.execute(query.limit(_STEP_ROWS)).all()
+            if not found:
+                return
+            base, count = found[-1]
+            connection.execute(sa.delete(_rows).where(*covered, _rows.c.base_offset <= base))
+            connection.execute(sa.update(_parts).where(*here).values(begin_offset=base + count))
+
+
 def _committed(connection: Connection, topic_id: int, partition: int) -> dict[str, int]:
     table = schema.positions
     query = (

@@ -1,4 +1,4 @@
-"""The tables. Format version 2.
+"""The tables. Format version 3.
 
 Record batches are rows of ``record_batches``: one per append and partition, with the cumulative byte count, so that
 "how much and how old is what has piled up" is an index look-up. JSON columns are text, for whoever opens the file.
@@ -17,7 +17,7 @@ from sqlalchemy import (
     Text,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 metadata = MetaData()
 # SQLite numbers rows itself only in an INTEGER primary key.
@@ -173,6 +173,22 @@ deadlines = Table(
     sqlite_with_rowid=False,
 )
 Index("djp_deadlines_by_due", deadlines.c.group_id, deadlines.c.task, deadlines.c.due_micros)
+
+snapshots = Table(
+    "djp_snapshots",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("group_id", BigInteger, nullable=False),
+    Column("task", Integer, nullable=False),
+    Column("changelog_id", BigInteger, nullable=False),
+    Column("changelog_offset", BigInteger, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("mentions", LargeBinary, nullable=False),
+    Column("created_micros", BigInteger, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("djp_snapshots_by_task", snapshots.c.group_id, snapshots.c.task, snapshots.c.id)
 
 dead_letters = Table(
     "djp_dead_letters",
