@@ -130,8 +130,8 @@ class EventDag:
             if topic.name not in known:
                 readers = [consumer.group for consumer in self.readers(topic.name)]
                 raise EventDagError(
-                    f"event DAG {self.name!r}: topic {topic.name!r}, read by {readers}, is emitted by none of its consumers "
-                    f"and is none of its sources {sorted(known)}; add the consumer that emits it, or name it a source",
+                    f"event DAG {self.name!r}: topic {topic.name!r}, read by {readers}, is emitted by none of its "
+                    f"consumers and is none of its sources {sorted(known)}; add who emits it, or name it a source",
                     topic=topic.name,
                     readers=readers,
                 )
@@ -142,15 +142,15 @@ class EventDag:
             missing = [topic.name for topic in consumer.topics if topic.name not in reached]
             if isinstance(consumer, Join) and missing:
                 raise EventDagError(
-                    f"event DAG {self.name!r}: nothing leads to the parts {missing} of join {consumer.group!r}, so no key "
-                    f"would ever be complete; sources are {sorted(topic.name for topic in self.sources)}",
+                    f"event DAG {self.name!r}: nothing leads to the parts {missing} of join {consumer.group!r}, so no "
+                    f"key would ever be complete; sources are {sorted(topic.name for topic in self.sources)}",
                     group=consumer.group,
                     topics=missing,
                 )
             if len(missing) == len(consumer.topics):
                 raise EventDagError(
-                    f"event DAG {self.name!r}: nothing leads to consumer {consumer.group!r}, which reads {missing}; sources "
-                    f"are {sorted(topic.name for topic in self.sources)}",
+                    f"event DAG {self.name!r}: nothing leads to consumer {consumer.group!r}, which reads {missing}; "
+                    f"sources are {sorted(topic.name for topic in self.sources)}",
                     group=consumer.group,
                     topics=missing,
                 )
@@ -180,8 +180,8 @@ def _topics_of(name: str, consumers: Sequence[Consumer]) -> dict[str, Topic]:
         for topic in (*consumer.topics, *consumer.emits):
             if topics.setdefault(topic.name, topic) != topic:
                 raise EventDagError(
-                    f"event DAG {name!r}: topic {topic.name!r} is declared twice and differently: {topics[topic.name]} and "
-                    f"{topic}; share one declaration",
+                    f"event DAG {name!r}: topic {topic.name!r} is declared twice and differently: {topics[topic.name]} "
+                    f"and {topic}; share one declaration",
                     topic=topic.name,
                 )
     return topics
@@ -194,8 +194,8 @@ def _owners(name: str, consumers: Sequence[Consumer]) -> dict[str, Consumer]:
             other = owners.setdefault(topic.name, consumer)
             if other is not consumer:
                 raise EventDagError(
-                    f"event DAG {name!r}: topic {topic.name!r} is emitted by {other.group!r} and by {consumer.group!r}; give "
-                    "each its own, so that one consumer answers for what is in it",
+                    f"event DAG {name!r}: topic {topic.name!r} is emitted by {other.group!r} and {consumer.group!r}; "
+                    "give each its own, so that one consumer answers for what is in it",
                     topic=topic.name,
                     owners=[other.group, consumer.group],
                 )

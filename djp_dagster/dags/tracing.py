@@ -175,7 +175,7 @@ def _of(stream: EventStream, batch: StoredBatch, start: int, topic: Topic, key: 
             found = key_of(record, topic.key, topic.name)
         except MissingKeyError:
             continue
-        if found == key or record.subject == key:
+        if key in (found, record.subject):
             yield record
 
 

@@ -36,8 +36,7 @@ def part_specs(
     Raises:
         InvalidSettingError: naming the argument, its value and what is allowed.
     """
-    given_inputs: object = inputs
-    if not isinstance(given_inputs, Mapping) or not inputs:
+    if not isinstance(inputs, Mapping) or not inputs:  # type: ignore[redundant-expr]
         raise _invalid("inputs", inputs, 'name the parts: inputs={"metadata": metadata, "video": video}')
     for setting, named in (("optional", optional), ("count", counts)):
         unknown = sorted(set(named) - set(inputs))
@@ -47,17 +46,24 @@ def part_specs(
         raise _invalid("optional", optional, "at least one part must be required")
     specs = []
     for name, given in inputs.items():
-        topic: object
-        kind: object
-        topic, kind = given if isinstance(given, tuple) else (given, None)
-        if not isinstance(topic, Topic) or not isinstance(kind, str | None):
-            raise _invalid("inputs", {name: given}, "give a Topic, or (Topic, event type)")
+        topic, kind = _topic_and_kind(name, given)
         count = counts.get(name)
-        if count is not None and not (count if isinstance(count, str) else is_count(count) and count > 0):
+        if count is not None and not _is_number(count):
             raise _invalid("count", {name: count}, "give a number above 0, or the path in the data that holds it")
         specs.append(PartSpec(name, topic, kind, name in optional, count))
     _require_distinct(specs)
     return tuple(specs)
+
+
+def _topic_and_kind(name: str, given: object) -> tuple[Topic, str | None]:
+    topic, kind = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    if not isinstance(topic, Topic) or not isinstance(kind, str | None):
+        raise _invalid("inputs", {name: given}, "give a Topic, or (Topic, event type)")
+    return topic, kind
+
+
+def _is_number(count: int | str) -> bool:
+    return bool(count) if isinstance(count, str) else is_count(count) and count > 0
 
 
 def _require_distinct(specs: Sequence[PartSpec]) -> None:

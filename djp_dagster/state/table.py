@@ -53,9 +53,9 @@ class Table(Consumer):
         >>> import djp_dagster as djp
         >>> updates = djp.Topic("user_updates", partitions=4, key="user_id")
         >>> emails = djp.Table("user_emails", topic=updates, value="email", sequence="version")
-        >>> told = [updates.event(user_id=1, email="new@b.c", version=2), updates.event(user_id=1, email="old",
-        version=1)]
-        >>> djp.testing.run_consumer(emails, told).state
+        >>> new = updates.event(user_id=1, email="new@b.c", version=2)
+        >>> old = updates.event(user_id=1, email="old@b.c", version=1)
+        >>> djp.testing.run_consumer(emails, [new, old]).state
         {1: 'new@b.c'}
     """
 
