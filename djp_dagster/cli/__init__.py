@@ -13,6 +13,7 @@ from djp_dagster.cli.access import Access
 from djp_dagster.errors import DjpError
 
 _HOMES = {
+    "buffer": "buffer",
     "claims": "claims",
     "dead-letters": "dead_letters",
     "doctor": "doctor",

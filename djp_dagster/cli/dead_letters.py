@@ -172,7 +172,7 @@ def redrive_command(
     requests = request_redrive(stream, group, asked) if asked else []
     document: dict[str, Any] = {"group": group, "dead_letters": asked, "requests": requests}
     if wait is not None:
-        document["done"] = _wait(stream, requests, wait)
+        document["done"] = wait_for_requests(stream, requests, wait)
         left = {one.id for page in _pages(asked) for one in _pending_of(stream, group, page)}
         document["redriven"] = [number for number in asked if number not in left]
         document["pending"] = sorted(left)
@@ -202,7 +202,7 @@ def _tell(document: dict[str, Any], wait: float | None) -> None:
         output.note(f"{len(document['pending']):,} failed again and stay pending; see: djp dead-letters list {group}")
 
 
-def _wait(stream: "EventStream", requests: Sequence[int], wait_s: float) -> bool:
+def wait_for_requests(stream: "EventStream", requests: Sequence[int], wait_s: float) -> bool:
     """Whether all requests were closed in time."""
     give_up = time.monotonic() + wait_s
     watcher = stream.log.watch()

@@ -179,7 +179,7 @@ def _of(stream: EventStream, batch: StoredBatch, start: int, topic: Topic, key: 
             yield record
 
 
-def describe(found: Trace) -> list[dict[str, object]]:
+def describe(found: Trace) -> list[dict[str, str | int]]:
     """The steps as rows of a table."""
     return [
         {

@@ -8,10 +8,19 @@ from typing import Any, TypedDict
 import dagster as dg
 
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.orchestration.outputs import io_manager_of
-from djp_dagster.orchestration.step import ProcessConfig, backlog_of, processed, stream_of
+from djp_dagster.joining.declaration import Join
+from djp_dagster.orchestration.outputs import io_manager_of, table_io_manager_of
+from djp_dagster.orchestration.step import (
+    ProcessConfig,
+    asked_by_hand,
+    backlog_of,
+    processed,
+    rebuild_table,
+    stream_of,
+)
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, topic_key
 from djp_dagster.processing.consumer import Consumer
+from djp_dagster.state.table import Table
 from djp_dagster.streams.topics import Topic
 
 
@@ -45,11 +54,17 @@ def consumer_asset(consumer: Consumer, *, options: AssetOptions) -> dg.AssetsDef
             setting=refused[0],
             value=str(refused),
         )
-    deps = [*(topic_key(topic) for topic in consumer.topics), *options.get("deps", ())]
-    given: dict[str, Any] = {"description": consumer.__doc__, "kinds": {"python"}, **options, "deps": deps}
+    deps = [
+        *(topic_key(topic) for topic in consumer.topics),
+        *(consumer_key(table) for table in consumer.tables),
+        *options.get("deps", ()),
+    ]
+    given: dict[str, Any] = {"description": consumer.__doc__, "kinds": _kinds_of(consumer), **options, "deps": deps}
 
     def process(context: dg.AssetExecutionContext, config: ProcessConfig) -> Iterator[dg.MaterializeResult[Any]]:
         with processed(context, consumer, config) as done:
+            if isinstance(consumer, Table) and asked_by_hand(context.run.tags):
+                rebuild_table(context, consumer, config, done)
             if done.batches:
                 backlog = backlog_of(stream_of(context.resources), consumer.group)
                 yield dg.MaterializeResult(metadata=done.metadata(backlog))
@@ -62,7 +77,9 @@ def consumer_asset(consumer: Consumer, *, options: AssetOptions) -> dg.AssetsDef
             code_version=consumer.code_version,
             required_resource_keys={STREAM_KEY, *consumer.resource_names},
             output_required=False,
-            io_manager_def=io_manager_of(consumer.group),
+            io_manager_def=table_io_manager_of(consumer)
+            if isinstance(consumer, Table)
+            else io_manager_of(consumer.group),
             **given,
         )(process)
     return decorated
@@ -72,7 +89,7 @@ def topic_assets(things: Iterable[Consumer | Topic], *, group_name: str | None) 
     """One external asset per topic that is named, read or emitted to; upstream of it is who writes it."""
     topics: dict[str, Topic] = {}
     writers: dict[str, list[Consumer]] = {}
-    for thing in things:
+    for thing in _with_helpers(things):
         for topic in (thing,) if isinstance(thing, Topic) else (*thing.topics, *thing.emits):
             _require_same(topics.setdefault(topic.name, topic), topic)
             writers.setdefault(topic.name, [])
@@ -80,6 +97,19 @@ def topic_assets(things: Iterable[Consumer | Topic], *, group_name: str | None) 
             for topic in thing.emits:
                 writers[topic.name].append(thing)
     return [_topic_asset(topic, writers[name], group_name) for name, topic in sorted(topics.items())]
+
+
+def _with_helpers(things: Iterable[Consumer | Topic]) -> Iterator[Consumer | Topic]:
+    for thing in things:
+        if isinstance(thing, Consumer):
+            yield from thing.helpers
+        yield thing
+
+
+def _kinds_of(consumer: Consumer) -> set[str]:
+    if isinstance(consumer, Table):
+        return {"python", "table"}
+    return {"python", "join"} if isinstance(consumer, Join) else {"python"}
 
 
 def _require_same(known: Topic, topic: Topic) -> None:

@@ -14,6 +14,7 @@ from djp_dagster.patterns.streaming import (
     build_stream_sensor,
     build_topic_assets,
     build_worker_sensor,
+    with_helpers,
 )
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.resources.event_stream import SqlEventStream
@@ -63,6 +64,7 @@ def build_defs(
         raise InvalidSettingError("build_defs() needs a consumer", setting="consumers", value=None)
     if mode not in ("runs", "worker"):
         raise InvalidSettingError(f"mode={mode!r} must be 'runs' or 'worker'", setting="mode", value=mode)
+    consumers = tuple(with_helpers(consumers))
     checks = [build_stream_checks(consumer, max_lag_age=max_lag_age, worker=mode == "worker") for consumer in consumers]
     return dg.Definitions(
         assets=[*build_topic_assets(*consumers), *(build_stream_asset(consumer) for consumer in consumers)],

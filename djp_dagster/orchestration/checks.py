@@ -20,7 +20,7 @@ from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
-LAG, DEAD_LETTERS, WORKER = "lag_below", "no_pending_dead_letters", "worker_alive"
+LAG, DEAD_LETTERS, WORKER, FRESH = "lag_below", "no_pending_dead_letters", "worker_alive", "fresh"
 _REPEAT_S = 600.0
 
 
@@ -38,10 +38,11 @@ def build_stream_checks(
     max_lag_events: int | None = None,
     max_lag_age: Duration | None = None,
     worker: bool = False,
+    fresh_within: Duration | None = None,
     stuck_after: Duration = "10min",
     blocking: bool = False,
 ) -> dg.AssetChecksDefinition:
-    """Checks of a consumer's asset: ``no_pending_dead_letters``, and, if asked for, ``lag_below`` and ``worker_alive``.
+    """Checks of a consumer's asset: ``no_pending_dead_letters``; if asked for, ``lag_below, worker_alive, fresh``.
 
     They run after the asset in its own runs, if it was materialized, and from the asset's page; `build_check_sensor`
     keeps them up to date otherwise.
@@ -51,6 +52,7 @@ def build_stream_checks(
         max_lag_events: ``lag_below`` fails if more events than this are pending.
         max_lag_age: ``lag_below`` fails if the oldest pending event is older, e.g. ``"5min"``.
         worker: ``worker_alive`` fails if no worker is at work, or one batch takes longer than ``stuck_after``.
+        fresh_within: ``fresh`` fails if a table (or other state) lacks an event that is older; for what others read.
         stuck_after: how long a batch may take.
         blocking: whether a failed check holds back what is downstream in the same run.
     """
@@ -59,6 +61,8 @@ def build_stream_checks(
     if max_lag_events is not None or max_lag_age is not None:
         age_s = None if max_lag_age is None else parse_seconds(max_lag_age, name="max_lag_age")
         limits[LAG] = {"max_lag_events": max_lag_events, "max_lag_age_seconds": age_s}
+    if fresh_within is not None:
+        limits[FRESH] = {"fresh_within_seconds": parse_seconds(fresh_within, name="fresh_within")}
     if worker:
         limits[WORKER] = {"stuck_after_seconds": parse_seconds(stuck_after, name="stuck_after")}
     specs = [
@@ -145,6 +149,8 @@ def evaluate(stream: EventStream, spec: dg.AssetCheckSpec) -> Verdict:
     try:
         if spec.name == LAG:
             return _lag(stream, group, spec.metadata)
+        if spec.name == FRESH:
+            return _fresh(stream, group, float(str(spec.metadata["fresh_within_seconds"])))
         if spec.name == DEAD_LETTERS:
             count = stream.coordinator.count_dead_letters(group, "pending")
             return Verdict(count == 0, f"{count} dead letters are pending", {"pending_dead_letters": count})
@@ -158,6 +164,12 @@ def _lag(stream: EventStream, group: str, limits: Mapping[str, Any]) -> Verdict:
     most, oldest = limits.get("max_lag_events"), limits.get("max_lag_age_seconds")
     passed = (most is None or pending.events <= most) and (oldest is None or pending.age_s <= oldest)
     return Verdict(passed, f"{pending.events} pending, the oldest {pending.age_s:.0f} s old", lag_metadata(pending))
+
+
+def _fresh(stream: EventStream, group: str, within_s: float) -> Verdict:
+    pending = stream.pending(group)
+    told = "it has everything" if not pending.events else f"it lacks events up to {pending.age_s:.0f} s old"
+    return Verdict(pending.age_s <= within_s, told, {"staleness_seconds": round(pending.age_s, 3)})
 
 
 def _worker(stream: EventStream, group: str, stuck_after_s: float) -> Verdict:
@@ -215,5 +227,6 @@ def _latest_materializations(
 _DESCRIPTIONS = {
     LAG: "What is pending is little, and young.",
     DEAD_LETTERS: "No record waits to be redriven or discarded.",
+    FRESH: "What others read of it is not older than agreed.",
     WORKER: "A worker is at work, and no batch takes too long.",
 }

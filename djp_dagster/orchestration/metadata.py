@@ -14,9 +14,16 @@ _MAX_ROWS = 50
 
 
 class Tally:
-    """Adds up committed batches, in memory that does not grow with their number."""
+    """Adds up committed batches, in memory that does not grow with their number.
 
-    def __init__(self) -> None:
+    Args:
+        gauges: what tasks held when they were last heard of, by task and name; shared by tallies that follow each
+            other.
+    """
+
+    def __init__(self, gauges: dict[tuple[int, str], float] | None = None) -> None:
+        self._gauges = {} if gauges is None else gauges
+        self._counts: Counter[str] = Counter()
         self.batches = self.events = self.bytes = self.emitted = self.dead_letters = self.state_changes = 0
         self.seconds = self.handler_seconds = self.commit_seconds = 0.0
         self.attempt = 0
@@ -36,6 +43,9 @@ class Tally:
         self.handler_seconds += report.handler_seconds
         self.commit_seconds += report.commit_seconds
         self.attempt = max(self.attempt, report.attempt)
+        self._counts.update(report.counts)
+        task = report.ranges[0].partition if report.ranges else 0
+        self._gauges.update({(task, name): value for name, value in report.gauges.items()})
         self._reasons[report.reason] += 1
         self._last.append(report)
         for part in report.ranges:
@@ -46,10 +56,12 @@ class Tally:
         """The figures, and those of what is still pending, if that is known.
 
         Numbers: ``events, bytes, batches, emitted, dead_letters, state_changes, seconds, handler_seconds,
-        commit_seconds, events_per_second, attempt`` (the highest), ``lag_events, lag_age_seconds``. Text: ``reason``,
+        commit_seconds, events_per_second, attempt`` (the highest), ``lag_events, lag_age_seconds``, and what handlers
+        counted and measured, by their names. Text: ``reason``,
         ``last_batch_id``. Tables: ``offsets``, ``last_batches``.
         """
         return {
+            **self._figures(),
             "events": dg.MetadataValue.int(self.events),
             "bytes": dg.MetadataValue.int(self.bytes),
             "batches": dg.MetadataValue.int(self.batches),
@@ -68,6 +80,12 @@ class Tally:
             "last_batches": _batches_table(self._last),
         }
 
+    def _figures(self) -> dict[str, dg.MetadataValue[Any]]:
+        held: dict[str, float] = {}
+        for (_, name), value in self._gauges.items():
+            held[name] = held.get(name, 0) + value
+        return {name: _number(value) for name, value in sorted({**self._counts, **held}.items())}
+
     def _offsets_table(self) -> dg.TableMetadataValue:
         return dg.MetadataValue.table(
             [
@@ -77,6 +95,10 @@ class Tally:
             ],
             schema=_schema({"topic": "string", "partition": "int", "from": "int", "to": "int"}),
         )
+
+
+def _number(value: float) -> dg.MetadataValue[Any]:
+    return dg.MetadataValue.int(value) if isinstance(value, int) else dg.MetadataValue.float(value)
 
 
 def lag_metadata(backlog: Backlog) -> dict[str, dg.MetadataValue[Any]]:

@@ -1,6 +1,6 @@
 """The IO manager of stream assets: storing does nothing, for the commit has done it; loading gives `BatchOutputs`."""
 
-from typing import Any
+from typing import Any, get_origin
 
 import dagster as dg
 
@@ -8,6 +8,8 @@ from djp_dagster.errors import InvalidSettingError
 from djp_dagster.orchestration.step import stream_of
 from djp_dagster.orchestration.tags import STREAM_KEY
 from djp_dagster.processing.outputs import BatchOutputs
+from djp_dagster.resources.event_stream import SqlEventStream
+from djp_dagster.state.table import Table
 
 
 class BatchOutputsIOManager(dg.IOManager):
@@ -49,6 +51,41 @@ class BatchOutputsIOManager(dg.IOManager):
         return outputs
 
 
+class TableIOManager(dg.IOManager):
+    """Gives readers of a table's asset the table as it is when they load it.
+
+    Args:
+        table: which.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def handle_output(self, context: dg.OutputContext, obj: object) -> None:
+        """Store nothing: the table became visible with its batches."""
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        """The table as a DataFrame; or a dict, if the input is annotated so.
+
+        Raises:
+            InvalidSettingError: the input is annotated with something else.
+        """
+        wanted: Any = context.dagster_type.typing_type
+        resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
+        with resource.open().view(self._table, folder=resource.state_path()) as view:
+            if wanted is dict or get_origin(wanted) is dict:
+                with view.pinned():
+                    return dict(view.items())
+            if wanted in (Any, object) or getattr(wanted, "__name__", "") == "DataFrame":
+                return view.to_pandas()
+        raise InvalidSettingError(
+            f"input {context.name!r} is annotated {wanted!r}; table {self._table.group!r} is loaded as pd.DataFrame or "
+            "dict; for look-ups of single keys use event_stream.open().view(table)",
+            setting=context.name,
+            value=str(wanted),
+        )
+
+
 def _proposer(context: dg.InputContext) -> dict[str, Any]:
     """Who asks: a step, if there is one; nobody if a person loads the value."""
     try:
@@ -68,6 +105,16 @@ def _has_succeeded(instance: dg.DagsterInstance, proposer: str) -> bool:
         return False
     stats = instance.get_run_step_stats(run_id, step_keys=[step_key])
     return any(step.status is not None and step.status.value == "SUCCESS" for step in stats)
+
+
+def table_io_manager_of(table: Table) -> dg.IOManagerDefinition:
+    """The IO manager of the asset of a table."""
+
+    @dg.io_manager(required_resource_keys={STREAM_KEY}, description=f"The table {table.group}.")
+    def table_as_it_is(context: dg.InitResourceContext) -> TableIOManager:
+        return TableIOManager(table)
+
+    return table_as_it_is
 
 
 def io_manager_of(group: str) -> dg.IOManagerDefinition:

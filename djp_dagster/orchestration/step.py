@@ -1,20 +1,24 @@
 """Run mode inside a run: one step that does what is pending for a consumer, and tells Dagster what it did."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
 from pydantic import Field
 
-from djp_dagster.errors import TransientError
+from djp_dagster.errors import TerminalError, TransientError
 from djp_dagster.orchestration.metadata import Tally
-from djp_dagster.orchestration.tags import BATCH_TAG, GROUP_TAG, STREAM_KEY, STREAM_TAG, owner_of
+from djp_dagster.orchestration.tags import BATCH_TAG, GROUP_TAG, REASON_TAG, STREAM_KEY, STREAM_TAG, owner_of
+from djp_dagster.processing.commands import rebuild
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.run import RunReport, run_pending
 from djp_dagster.processing.threshold import Threshold
 from djp_dagster.resources.event_stream import SqlEventStream
+from djp_dagster.state.table import Table
 from djp_dagster.streams.model import Backlog, Intent
 from djp_dagster.streams.stream import EventStream
+
+_AUTOMATIC_TAGS = ("dagster/sensor_name", "dagster/schedule_name", "dagster/from_automation_condition")
 
 
 class ThresholdConfig(dg.Config):
@@ -80,6 +84,25 @@ def processed(
     if outcome.waited_for is not None:
         context.log.info("%s did the work meanwhile", outcome.waited_for)
     yield tally
+
+
+def asked_by_hand(tags: Mapping[str, str]) -> bool:
+    """Whether a person asked for the run, not a sensor or a schedule."""
+    return REASON_TAG not in tags and not any(tag in tags for tag in _AUTOMATIC_TAGS)
+
+
+def rebuild_table(context: dg.AssetExecutionContext, table: Table, config: ProcessConfig, tally: Tally) -> None:
+    """Make the table anew from its topic, and correct what differs; not from a topic that is no longer whole."""
+    resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
+    try:
+        reports = rebuild(resource.open(), table, state_folder=resource.state_path(), wait=config.wait)
+    except TerminalError as error:
+        context.log.warning("the table was not made anew: %s", error)
+        return
+    for report in reports:
+        tally.add(report)
+    corrected = sum(report.counts.get("corrected_keys", 0) for report in reports)
+    context.log.info("made anew from its topic: %d keys were corrected", corrected)
 
 
 def _process(

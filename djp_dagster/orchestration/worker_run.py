@@ -103,13 +103,14 @@ class Summaries:
     ) -> None:
         self._context, self._stream, self._keys, self._every_s = context, stream, keys, every_s
         self._tallies: dict[str, Tally] = {}
+        self._gauges: dict[str, dict[tuple[int, str], float]] = {}
         self._told_at: dict[str, float] = {}
 
     def add(self, report: BatchReport) -> None:
         """Count a batch."""
         tally = self._tallies.get(report.group)
         if tally is None:
-            tally = self._tallies[report.group] = Tally()
+            tally = self._tallies[report.group] = Tally(self._gauges.setdefault(report.group, {}))
         tally.add(report)
 
     def tell(self, *, all_of_it: bool = False) -> None:

@@ -153,6 +153,7 @@ def build_worker_sensor(
         "report_every": f"{parse_seconds(report_every, name='report_every')}s",
         "stuck_after": f"{parse_seconds(stuck_after, name='stuck_after')}s",
     }
+    consumers = with_helpers(consumers)
     crew = _crew(name, consumers, workers, max_runtime, config)
     job = _worker_job(name, crew, pool)
 
@@ -206,6 +207,11 @@ def process_batch_op(consumer: Consumer, *, name: str | None = None) -> dg.OpDef
             return done.events
 
     return process_batch
+
+
+def with_helpers(consumers: Sequence[Consumer]) -> list[Consumer]:
+    """The consumers, each after those it needs; see `Consumer.helpers`."""
+    return [one for consumer in consumers for one in (*consumer.helpers, consumer)]
 
 
 def _location_of(context: dg.SensorEvaluationContext) -> str:
