@@ -1,4 +1,4 @@
-"""The demonstration: a shop whose clicks, orders and uploads are streamed and batched, and whose logs are counted.
+"""The demonstration: a shop whose clicks, orders and products are streamed, batched and joined, and its logs counted.
 
 Read it top to bottom.
 `make demo` runs it with traffic. Nothing here is special to a demonstration but the sensors and schedules being on from
@@ -13,20 +13,29 @@ import pandas as pd
 
 import djp_dagster as djp
 from demo import access_logs
+from demo.catalog import facts, renditions, thumbnails
 from demo.media import measure
+from demo.outbox import Mail, deliver
 from demo.prices import prices
 
 # 1. Topics: what happens in the shop. A topic is split into partitions by a key; order holds per key.
 
 clicks = djp.Topic("clicks", partitions=4, key="user_id", retention="1d")
 orders = djp.Topic("orders", partitions=4, key="user_id", retention="7d")
-user_updates = djp.Topic("user_updates", partitions=4, key="user_id")
+user_updates = djp.Topic("user_updates", partitions=4, key="user_id")  # kept: a table is made of it
 suggestions = djp.Topic("suggestions", partitions=4, key="user_id", retention="1d")
 fraud_alerts = djp.Topic("fraud_alerts", key="user_id")
 
 #    Images and videos of several megabytes. Their bytes go to the payload store, the events carry a claim: a token.
 product_uploads = djp.Topic("product_uploads", partitions=2, retention="1h", offload_above="64KiB")
 product_media = djp.Topic("product_media", partitions=2, key="product_id", retention="1d")
+
+#    A product that a seller submits goes three ways at once, and is in the catalog when all three have come to an end.
+submissions = djp.Topic("submissions", partitions=2, key="product_id", retention="1d")
+product_facts = djp.Topic("product_facts", partitions=2, key="product_id", retention="1d")
+product_videos = djp.Topic("product_videos", partitions=2, key="product_id", retention="1d")
+product_images = djp.Topic("product_images", partitions=2, key="product_id", retention="1d")
+products = djp.Topic("products", partitions=2, key="product_id")
 
 
 # 2. Consumers: what to do with events. Plain functions; `djp.testing.run_consumer` runs them in a unit test.
@@ -95,11 +104,81 @@ def describe_media(upload: djp.Record, batch: djp.Batch) -> None:
     )
 
 
+#    DAG: branches are consumers that read the same topic. Each product goes its own way, whatever others do.
+
+
+@djp.consumer(topic=submissions, emits=[product_facts], isolate="per_event")
+def extract_facts(submission: djp.Record, batch: djp.Batch) -> None:
+    """What the text of a submission says."""
+    batch.emit(product_facts.event(product_id=submission.data["product_id"], **facts(submission.data)))
+
+
+@djp.consumer(topic=submissions, emits=[product_videos], isolate="per_event", max_poison=100)
+def transcode_video(submission: djp.Record, batch: djp.Batch) -> None:
+    """The video in the sizes that people's screens have."""
+    product_id, video = submission.data["product_id"], submission.data["video"]
+    batch.emit(product_videos.event(product_id=product_id, renditions=renditions(video)))
+
+
+@djp.consumer(topic=submissions, emits=[product_images], isolate="per_event")
+def resize_images(submission: djp.Record, batch: djp.Batch) -> None:
+    """The images as thumbnails."""
+    product_id, images = submission.data["product_id"], submission.data["images"]
+    batch.emit(product_images.event(product_id=product_id, thumbnails=thumbnails(images)))
+
+
+#    Event buffering: where the branches meet. What a product still waits for is in `djp buffer list create_product`.
+
+
+@djp.join(
+    inputs={"facts": product_facts, "video": product_videos, "images": product_images},
+    key="product_id",
+    deadline="1min",  # then what is there becomes dead letters, to be redriven when the rest has come
+    emits=[products],
+)
+def create_product(parts: djp.Joined) -> None:
+    """The product's record, once all three are there."""
+    parts.emit(
+        products.event(
+            **parts["facts"].data,
+            renditions=parts["video"].data["renditions"],
+            thumbnails=parts["images"].data["thumbnails"],
+        )
+    )
+
+
+catalog = djp.EventDag([extract_facts, transcode_video, resize_images, create_product], name="catalog")
+
+#    Stateful worker: the mailer needs addresses, and asks nobody for them: it has a table, made of the updates.
+
+user_emails = djp.Table("user_emails", topic=user_updates, value="email", sequence="version")
+
+
+@djp.consumer(topic=orders, tables=[user_emails])
+def send_receipts(batch: djp.Batch) -> None:
+    """A receipt for each order, into the outbox, to the address that is known now."""
+    emails = batch.table(user_emails)
+    sound = [order for order in batch if order.data.get("amount") is not None]
+    addresses = emails.get_many({order.data["user_id"] for order in sound})
+    mails = [
+        Mail(addresses[order.data["user_id"]], f"order {order.id}", f"You owe us {order.data['amount']}.")
+        for order in sound
+        if order.data["user_id"] in addresses
+    ]
+    deliver(batch.id, mails)  # under the batch's id, which is the same at every attempt: a mail is never there twice
+    batch.count("mails", len(mails))
+    batch.count("users_without_address", len(sound) - len(mails))
+    batch.gauge("address_staleness_seconds", round(emails.staleness_s, 3))
+
+
 # 3. Assets: the topics, and the consumers between them. Materialize handles what is pending for a consumer.
 
-shop = (recommend, fraud, order_files, describe_media)
-topics = djp.build_topic_assets(*shop, user_updates, group_name="shop")
+shop = (recommend, fraud, order_files, describe_media, send_receipts)
+everybody = (*shop, *catalog.consumers, user_emails)
+topics = djp.build_topic_assets(*shop, user_emails, group_name="shop")
 consumers = [djp.build_stream_asset(consumer, group_name="shop") for consumer in shop]
+addresses = djp.build_table_asset(user_emails, group_name="shop")  # Materialize makes it anew
+catalog_assets = djp.build_event_dag_assets(catalog, group_name="catalog")
 
 
 @dg.asset(group_name="shop", automation_condition=dg.AutomationCondition.eager())
@@ -108,6 +187,12 @@ def revenue(order_files: djp.BatchOutputs[pd.DataFrame]) -> dg.MaterializeResult
     new = [output.load()["amount"].sum() for output in order_files.since(reader="revenue")]
     amount = round(float(sum(new)), 2)
     return dg.MaterializeResult(value=amount, metadata={"amount": amount, "files": len(new)})
+
+
+@dg.asset(group_name="shop")
+def users_by_provider(user_emails: pd.DataFrame) -> pd.DataFrame:
+    """How many users have their mailbox where: a table is an input like any other, as it is at that moment."""
+    return user_emails["value"].str.split("@").str[1].value_counts().rename_axis("provider").reset_index()
 
 
 #    Values of assets go to the payload store too: large ones as immutable payloads, small ones beside their pointer.
@@ -211,6 +296,9 @@ checks = [
     djp.build_stream_checks(fraud, max_lag_age="1min"),
     djp.build_stream_checks(order_files, max_lag_age="5min"),
     djp.build_stream_checks(describe_media, max_lag_age="1min"),
+    djp.build_stream_checks(send_receipts, max_lag_age="1min"),
+    djp.build_stream_checks(create_product, max_lag_age="1min", worker=True),
+    djp.build_stream_checks(user_emails, fresh_within="10s", worker=True),
 ]
 
 
@@ -221,9 +309,13 @@ on = dg.DefaultSensorStatus.RUNNING
 #    Resident: two long runs, milliseconds behind the clicks. The sensor sees to it that there are two.
 recommend_workers = djp.build_worker_sensor([recommend], name="recommend_worker", workers=2, default_status=on)
 
+#    One more for all of the catalog, and the table of addresses: a worker may work on many consumers.
+catalog_worker = djp.build_worker_sensor([*catalog.consumers, user_emails], name="catalog_worker", default_status=on)
+
 #    A run per micro-batch: seconds behind the orders.
 fraud_sensor = djp.build_stream_sensor(fraud, default_status=on)
 media_sensor = djp.build_stream_sensor(describe_media, default_status=on)
+receipts_sensor = djp.build_stream_sensor(send_receipts, default_status=on)
 
 #    Batching: a run as soon as enough has piled up, or what there is has waited for long enough; and by the clock.
 order_files_sensor = djp.build_batch_sensor(
@@ -240,20 +332,26 @@ defs = dg.Definitions(
     assets=[
         *topics,
         *consumers,
-        *(revenue, price_history, cheapest_hours),
+        addresses,
+        *catalog_assets,
+        *(revenue, price_history, cheapest_hours, users_by_provider),
         *(web_logs, page_views, referrers, visits, sales),
     ],
     asset_checks=checks,
     jobs=[  # for the Launchpad: publish an event by hand, send dead letters through their handler again, move a group
-        djp.build_publish_job(orders, clicks, user_updates),
-        djp.build_redrive_job(*shop),
-        djp.build_seek_job(*shop),
+        djp.build_publish_job(orders, clicks, user_updates, submissions),
+        djp.build_redrive_job(*everybody),
+        djp.build_seek_job(*everybody),
+        djp.build_trace_job(catalog),  # where a product is, and how long each step took
+        djp.build_buffer_job(create_product),  # what waits for other parts
         djp.build_claim_gc_job(),  # a dry run unless told: payloads that nothing refers to any more
     ],
     sensors=[
         recommend_workers,
+        catalog_worker,
         fraud_sensor,
         media_sensor,
+        receipts_sensor,
         order_files_sensor,
         djp.build_check_sensor(*checks, default_status=on),
         dg.AutomationConditionSensorDefinition("revenue_automation", target="revenue", default_status=on),

@@ -3,12 +3,16 @@
 The books are opened while nothing runs and checked when everything is done. What they say is about the time between.
 """
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from definitions import (
+    catalog,
     clicks,
+    create_product,
     describe_media,
     fraud,
     fraud_alerts,
@@ -16,14 +20,20 @@ from definitions import (
     orders,
     product_media,
     product_uploads,
+    products,
     recommend,
+    send_receipts,
+    submissions,
     suggestions,
+    transcode_video,
+    user_emails,
 )
 from demo.traffic import TOPICS
 from djp_dagster import Claim, Consumer, EventStream, Record, Topic, TopicPartition
 from djp_dagster.errors import PayloadError
+from djp_dagster.joining.inspection import EventBuffer
 
-CONSUMERS = (recommend, fraud, order_files, describe_media)
+CONSUMERS = (recommend, fraud, order_files, describe_media, *catalog.in_order(), user_emails, send_receipts)
 ABSURD_AMOUNT = 10_000
 
 
@@ -58,7 +68,7 @@ class Books:
             stream.create_topic(topic)
         for consumer in CONSUMERS:
             consumer.register(stream)
-        self._ends_then = self._ends((*TOPICS, suggestions, fraud_alerts, product_media))
+        self._ends_then = self._ends((*TOPICS, suggestions, fraud_alerts, product_media, products))
         self._positions_then = {consumer.group: stream.positions(consumer.group) for consumer in CONSUMERS}
         self._letters_then = max((letter.id for letter in self._letters(0)), default=0)
         self._outputs = self._last_output = self._outputs_then = 0
@@ -82,7 +92,7 @@ class Books:
         if consumer.emits:
             made = f"{sum(self._ends(consumer.emits).values()):,} {consumer.emits[0].name.replace('_', ' ')}"
         else:
-            made = f"{self._outputs:,} files"
+            made = f"{self._outputs:,} files" if consumer is order_files else ""
         committed = sum(stream.positions(group).values())
         return Account(committed - failed, backlog.events, backlog.age_s, failed, made)
 
@@ -100,7 +110,7 @@ class Books:
         problems = [f"{group} has not handled {events} events" for group, events in self.pending().items()]
         problems += [f"the dead letter {position} is there {n} times" for position, n in failed.items() if n > 1]
         problems += self._check_suggestions(failed) + self._check_alerts(failed)
-        return problems + self._check_files() + self._check_media(failed)
+        return problems + self._check_files() + self._check_media(failed) + self._check_products(failed)
 
     def _check_suggestions(self, failed: Mapping[tuple[str, str, int, int], int]) -> list[str]:
         """One suggestion for each click that did not fail, numbered without a gap per user."""
@@ -170,6 +180,29 @@ class Books:
             _repeated("description", made)
             + _difference("upload without a description", wanted - described)
             + _difference("payload that is lost or damaged", lost)
+        )
+
+    def _check_products(self, failed: Mapping[tuple[str, str, int, int], int]) -> list[str]:
+        """Each submission is a product, once; or its video failed, so that its other parts wait or are dead letters."""
+        made = list(self._since(products))
+        counts = Counter(product.data["product_id"] for product in made)
+        unplayable: set[str] = set()
+        wanted: set[str] = set()
+        for submitted in self._handled(transcode_video, submissions):
+            bad = ("transcode_video", *submitted.position) in failed
+            (unplayable if bad else wanted).add(submitted.data["product_id"])
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            EventBuffer(self._stream, create_product.group, folder=Path(folder)) as buffer,
+        ):
+            known = {one.key: one.status for one in buffer}
+        expired = {product for product, status in known.items() if status in ("expired", "failed")}
+        return (
+            _repeated("product", made)
+            + [f"product {product} was created {n} times" for product, n in counts.items() if n > 1][:5]
+            + _difference("submission without a product", wanted - set(counts) - expired)
+            + _difference("product whose video nobody can play", unplayable & set(counts))
+            + _difference("submission that the buffer knows nothing of", unplayable - set(map(str, known)))
         )
 
     def _handled(self, consumer: Consumer, topic: Topic) -> Iterator[Record]:

@@ -98,6 +98,6 @@ class Show:
         for group, one in accounts.items():
             parts.append(
                 f"{group}: {one.handled:,} handled ({done[group]:,.0f}/s), {one.pending:,} pending, "
-                f"{one.dead_letters:,} dead letters, {one.made}"
+                f"{one.dead_letters:,} dead letters{', ' if one.made else ''}{one.made}"
             )
         return " | ".join(parts)

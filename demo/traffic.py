@@ -1,4 +1,4 @@
-"""Seeded traffic for the shop: clicks, orders, user updates and product uploads, some of them twice, some malformed.
+"""Seeded traffic for the shop: clicks, orders, updates, uploads and submissions, some of them twice, some malformed.
 
 The events come in chunks, and chunk *k* follows from the settings and *k* alone. Each topic has a named producer that
 publishes chunk *k* under the sequence *k*: whoever starts again, after any crash, goes on with the first chunk that is
@@ -16,17 +16,20 @@ from typing import Any, NamedTuple
 import click
 
 import djp_dagster as djp
-from definitions import clicks, orders, product_uploads, user_updates
+from definitions import clicks, orders, product_uploads, submissions, user_updates
+from demo.catalog import submission
 from demo.media import IMAGES, VIDEOS, medium
 from djp_dagster import Event, EventStream, Topic
 
 SMALL = (clicks, orders, user_updates)
-TOPICS = (*SMALL, product_uploads)
+TOPICS = (*SMALL, product_uploads, submissions)
 _CHUNKS_PER_SECOND = 4
 _SHARES = (0.70, 0.22, 0.08)
 _CHUNKS_PER_UPLOAD = 12  # megabytes each: one in about three seconds
+_CHUNKS_PER_SUBMISSION = 2
 _BOT_SHARE = 0.02
 _ABSURD_SHARE = 0.002
+_PROVIDERS = ("example.com", "example.org", "example.net")
 _SAY_EVERY_S = 10.0
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _NOT_NEGATIVE = click.FloatRange(min=0)
@@ -38,11 +41,13 @@ class Settings(NamedTuple):
     """What the traffic looks like.
 
     Attributes:
-        rate: events per second in all topics together, duplicates among them, uploads (one in three seconds) not.
+        rate: events per second in all topics together, duplicates among them; not uploads (one in three seconds) and
+            submissions (two a second).
         skew: exponent of the Zipf law by which users and products are chosen; 0 makes all alike.
         duplicates: share of events that are published twice, with the same id.
-        poison: share of events that are malformed: a click without product, an order or an update without its value. Of
-            the uploads, ten times that share is no image or video at all.
+        poison: share of events that are malformed: a click without product, an order without amount; an update without
+            its value, which deletes the address. Of the uploads, ten times that share is no image or video at all; of
+            the submissions, as many have a video that nobody can play.
         seed: another seed, other events.
         users, products: how many there are.
     """
@@ -72,7 +77,7 @@ class Traffic:
     Example:
         >>> traffic = Traffic(Settings(rate=40, seed=7))
         >>> [len(events) for events in traffic.chunk(1).values()]
-        [7, 1, 2, 0]
+        [7, 1, 2, 0, 0]
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -90,7 +95,7 @@ class Traffic:
         count = 0
         while count < settings.chunk_events:
             topic = orders if bot is not None else chance.choices(SMALL, _SHARES)[0]
-            data = self._data(chance, topic, bot)
+            data = self._data(chance, topic, bot, version=number * settings.chunk_events + count)
             event = Event(
                 type=topic.name, source=f"/topics/{topic.name}", id=f"{settings.seed}-{number}-{count}", data=data
             )
@@ -99,6 +104,16 @@ class Traffic:
             count += 1 + twice
         if number % _CHUNKS_PER_UPLOAD == 0:
             made[product_uploads].append(self._upload(chance, number))
+        if number % _CHUNKS_PER_SUBMISSION == 0:
+            bad = chance.random() < 10 * settings.poison
+            made[submissions].append(
+                Event(
+                    type=submissions.name,
+                    source=f"/topics/{submissions.name}",
+                    id=f"{settings.seed}-{number}-submission",
+                    data=submission(chance, f"s{number}", playable=not bad),
+                )
+            )
         return made
 
     def _upload(self, chance: random.Random, number: int) -> Event:
@@ -124,13 +139,14 @@ class Traffic:
     def _pick(chance: random.Random, cumulative: list[float]) -> int:
         return chance.choices(range(len(cumulative)), cum_weights=cumulative)[0]
 
-    def _data(self, chance: random.Random, topic: Topic, bot: str | None) -> dict[str, object]:
+    def _data(self, chance: random.Random, topic: Topic, bot: str | None, version: int) -> dict[str, object]:
         user_id, product = bot or self._user(chance), self._pick(chance, self._products)
         malformed = chance.random() < self.settings.poison
         if topic is clicks:
             return {"user_id": user_id, "page": "/"} if malformed else {"user_id": user_id, "product_id": f"p{product}"}
         if topic is user_updates:
-            return {"user_id": user_id, "email": None if malformed else f"{user_id}@example.com"}
+            provider = _PROVIDERS[product % len(_PROVIDERS)]
+            return {"user_id": user_id, "email": None if malformed else f"{user_id}@{provider}", "version": version}
         quantity = 10_000 if chance.random() < _ABSURD_SHARE else chance.randint(1, 3)
         amount = round((5 + product % 95) * quantity * 1.01, 2)
         return {

@@ -7,6 +7,7 @@ import pytest
 
 import djp_dagster as djp
 from definitions import (
+    create_product,
     describe_media,
     fraud,
     fraud_alerts,
@@ -14,7 +15,8 @@ from definitions import (
     orders,
     product_media,
     product_uploads,
-    recommend,
+    products,
+    submissions,
     suggestions,
 )
 from demo.books import CONSUMERS, Books
@@ -48,7 +50,7 @@ def test_they_balance(stream: djp.EventStream, tmp_path: Path) -> None:
     handle(stream, tmp_path)
     assert books.check() == []
     accounts = books.accounts()
-    assert books.published() == 2000
+    assert books.published() == 2005
     assert accounts["recommend"].handled > accounts["fraud"].handled > 0
     assert accounts["recommend"].dead_letters > 0
     assert accounts["fraud"].dead_letters > 0
@@ -71,7 +73,7 @@ def test_they_balance_from_any_point_on(stream: djp.EventStream, tmp_path: Path)
 def test_what_is_not_handled_is_named(stream: djp.EventStream, tmp_path: Path) -> None:
     books = Books(stream)
     publish(stream, 3)
-    handle(stream, tmp_path, recommend, order_files)
+    handle(stream, tmp_path, *(consumer for consumer in CONSUMERS if consumer is not fraud))
     events = sum(span.end for span in stream.log.spans(["orders"]).values())
     assert books.pending() == {"fraud": events}
     assert books.check() == [f"fraud has not handled {events} events"]
@@ -129,7 +131,7 @@ def test_the_summary_is_one_line_without_a_terminal(
         show.refresh()
         show.refresh()
     (line,) = capsys.readouterr().out.splitlines()
-    assert "published 400 " in line
+    assert "published 401 " in line
     assert "recommend: 0 handled" in line
 
 
@@ -163,3 +165,31 @@ def test_an_upload_that_is_no_medium_is_a_dead_letter_and_a_lost_payload_is_name
     assert stream.payloads.read(claim) == content
     stream.payloads.objects.delete([stream.payloads.resolve(claim).key])
     assert any("payload that is lost or damaged" in problem for problem in books.check())
+
+
+def submitted(product_id: str, *, video: str = "mp4") -> djp.Event:
+    data = {"product_id": product_id, "seller": "s", "title": "red lamp", "price": 9, "images": ["a.png"]}
+    return submissions.event(data, video={"format": video, "height": 480})
+
+
+def test_a_product_whose_video_nobody_can_play_waits_and_is_no_problem(stream: djp.EventStream, tmp_path: Path) -> None:
+    books = Books(stream)
+    stream.publish(submissions, [submitted("p1"), submitted("p2", video="vhs"), submitted("p3")])
+    handle(stream, tmp_path)
+    assert books.check() == []
+    assert books.accounts()["create_product"].made == "2 products"
+    assert [letter.error for letter in stream.dead_letters("transcode_video")] == [
+        "a video of format 'vhs', which nobody can play"
+    ]
+
+
+def test_a_product_that_is_lost_and_one_that_is_created_twice_are_named(
+    stream: djp.EventStream, tmp_path: Path
+) -> None:
+    books = Books(stream)
+    stream.publish(submissions, [submitted("p1")])
+    handle(stream, tmp_path, *(consumer for consumer in CONSUMERS if consumer is not create_product))
+    stream.seek("create_product", "latest", reset_state=True)
+    assert any("submission without a product, e.g. p1" in problem for problem in books.check())
+    stream.publish(products, [products.event(product_id="p1"), products.event(product_id="p1")])
+    assert any("product p1 was created 2 times" in problem for problem in books.check())

@@ -1,6 +1,7 @@
 """The definitions load, and their handlers do what the tour says."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 
 import djp_dagster as djp
 from definitions import (
+    catalog,
     cheapest_hours,
     clicks,
     defs,
@@ -20,9 +22,14 @@ from definitions import (
     orders,
     page_views,
     price_history,
+    products,
     recommend,
     referrers,
     sales,
+    send_receipts,
+    submissions,
+    user_emails,
+    user_updates,
     visits,
     web_logs,
 )
@@ -227,3 +234,42 @@ def test_sales_count_an_order_once(tmp_path: Path) -> None:
     table = done.output_for_node("sales").set_index("product_id")["amount"]
     expected = {f"p{rest}": float(sum(range(rest, 60, 3))) for rest in range(3)}
     assert table.to_dict() == {**expected, "p1": expected["p1"] + 5}
+
+
+def test_a_product_is_created_when_all_its_branches_are_done(tmp_path: Path) -> None:
+    data = {"product_id": "p1", "seller": "s1", "title": "red lamp", "price": 9, "images": ["a.png"]}
+    submitted = submissions.event(data, video={"format": "mp4", "height": 480})
+    with djp.testing.memory_stream() as stream:
+        for consumer in catalog.in_order():
+            consumer.register(stream)
+        stream.publish(submissions, [submitted])
+        for consumer in catalog.in_order():
+            djp.run_pending(stream, consumer, state_folder=tmp_path)
+        (made,) = (record for part in range(2) for record in stream.records(products, part))
+        found = djp.trace(stream, catalog, "p1")
+    assert made.data == {
+        "product_id": "p1",
+        "title": "red lamp",
+        "seller": "s1",
+        "price": 9,
+        "tags": ["red", "lamp"],
+        "renditions": ["480p", "240p"],
+        "thumbnails": ["a@64.png", "a@256.png", "a@1024.png"],
+    }
+    assert found.complete
+    assert [step.status for step in found.steps] == ["done"] * 4
+
+
+def test_receipts_go_to_the_address_that_is_known(outbox: Path) -> None:
+    updates = [
+        user_updates.event(user_id="ada", email="new@example.com", version=2),
+        user_updates.event(user_id="ada", email="old@example.com", version=1),
+        user_updates.event(user_id="bob", email=None, version=1),
+    ]
+    placed = [order("ada", amount=3.5), order("bob", amount=1), order("eve", amount=1), order("ada")]
+    done = run_consumer(send_receipts, placed, tables={user_emails: updates})
+    mails = [json.loads(line) for file in outbox.glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert mails == [{"to": "new@example.com", "about": f"order {placed[0].id}", "text": "You owe us 3.5."}]
+    assert sum(batch.counts["mails"] for batch in done.batches) == 1
+    assert sum(batch.counts["users_without_address"] for batch in done.batches) == 2
+    assert done.dead_letters == []
