@@ -22,7 +22,7 @@ _STATUSES = ("pending", "completed", "expired", "failed", "all")
 
 @click.group("buffer")
 def command() -> None:
-    """Look at the event buffer of a join, and expire keys before their time."""
+    """Look at the event buffer of a join; expire keys."""
 
 
 @contextmanager
