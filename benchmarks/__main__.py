@@ -27,6 +27,9 @@ NAMES = (
     "imports",
     "claim_check",
     "map_reduce",
+    "stateful",
+    "join",
+    "state_reads",
 )
 _PACKAGES = (
     "djp-dagster",
@@ -36,6 +39,7 @@ _PACKAGES = (
     "quixstreams",
     "confluent-kafka",
     "noida-db",
+    "rocksdict",
     "duckdb",
     "polars",
     "dask",

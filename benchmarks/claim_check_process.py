@@ -23,11 +23,10 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.harness import alternate
+from benchmarks.harness import MIB, alternate, memory
 from djp_dagster import PayloadStore, open_payload_store
 from tests.servers.seaweedfs import SeaweedServer
 
-MIB = 1 << 20
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _TIMEOUT_S = 3600.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -65,12 +64,6 @@ class Meter:
         yield
         took, used = time.perf_counter() - started, time.process_time() - used
         self.measured = Measured(seconds=took, processor_s=used, risen_bytes=memory("VmHWM") - idle)
-
-
-def memory(name: str) -> int:
-    """What the system says of this process, in bytes: ``VmRSS``, ``VmHWM``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 @dataclass

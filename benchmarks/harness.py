@@ -11,6 +11,7 @@ from djp_dagster import Event
 
 BATCH = 1_000
 """Events per publish, per stored batch and per commit, everywhere."""
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,16 @@ def alternate(rounds: int, loops: Mapping[str, Callable[[], float]]) -> dict[str
     return found
 
 
-def against(what: str, events: int, ours: Sequence[float], peer: Sequence[float], target: float) -> Row:
+def against(what: str, events: int, ours: Sequence[float], peer: Sequence[float], target: float | None = None) -> Row:
     """The row of two loops over the same number of events; ``target`` is the least wanted ratio of their rates.
 
     The ratio is the median of the rounds' ratios, so that a machine that slows down half-way does not decide it.
     """
     ratio = statistics.median(theirs / mine for mine, theirs in zip(ours, peer, strict=True))
-    wanted = f"≥ {target:g}x" if target >= 1 else f"≥ {target:g}x (within {1 / target:g}x)"
     rates = [rate(events, statistics.median(figures)) for figures in (ours, peer)]
+    if target is None:
+        return Row(what, *rates, f"{ratio:.2f}x")
+    wanted = f"≥ {target:g}x" if target >= 1 else f"≥ {target:g}x (within {1 / target:g}x)"
     return Row(what, *rates, f"{ratio:.2f}x", wanted, ratio >= target)
 
 
@@ -93,3 +96,9 @@ def order(number: int) -> dict[str, object]:
 def order_event(number: int) -> Event:
     """One order as an event."""
     return Event(type="order.placed", source="/shop/orders", data=order(number))
+
+
+def memory(name: str) -> int:
+    """What the system says of this process, in bytes: ``VmRSS``, ``VmHWM``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

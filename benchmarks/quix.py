@@ -26,19 +26,20 @@ from tests.servers.ports import free_port
 
 def run(settings: Settings) -> list[Row]:
     """Both of our APIs against the one Quix has, per event."""
-    if (broker := _broker_program()) is None:
+    if (program := broker_program()) is None:
         return [Row("consume against Quix Streams", "", "noida-db is missing: make bench installs it")]
     count = settings.events(EVENTS)
-    with open_stream(settings.folder / "quix-ours.db") as stream, _broker(broker, settings.folder) as address:
+    place = settings.folder / "broker"
+    with open_stream(settings.folder / "quix-ours.db") as stream, broker(program, place) as address:
         stream.create_topic(ORDERS)
         for start in range(0, count, BATCH):
             stream.publish(ORDERS, [order_event(number) for number in range(start, start + BATCH)])
-        _child("produce", address, count)
+        child(__name__, "produce", address, count)
         took = alternate(
             settings.rounds,
             {
                 "by_batch": lambda: seconds(lambda: run_pending(stream, group_of(by_batch))),
-                "quix": lambda: _child("consume", address, count),
+                "quix": lambda: child(__name__, "consume", address, count),
                 "by_event": lambda: seconds(lambda: run_pending(stream, group_of(by_event))),
             },
         )
@@ -48,17 +49,17 @@ def run(settings: Settings) -> list[Row]:
     ]
 
 
-def _broker_program() -> str | None:
+def broker_program() -> str | None:
     beside = Path(sys.executable).with_name("noida-db")
     return str(beside) if beside.exists() else shutil.which("noida-db")
 
 
 @contextmanager
-def _broker(program: str, folder: Path) -> Iterator[str]:
-    """A running broker's address."""
+def broker(program: str, folder: Path) -> Iterator[str]:
+    """A running broker's address; its data lie in the folder."""
     port = free_port()
-    command = [program, "start", "--data-dir", str(folder / "broker"), "--host", "127.0.0.1", "--only", "kafka"]
-    with (folder / "broker.log").open("wb") as log:
+    command = [program, "start", "--data-dir", str(folder), "--host", "127.0.0.1", "--only", "kafka"]
+    with folder.with_suffix(".log").open("wb") as log:
         # In a session of its own: noida-db is a script that starts the broker as its child, and both have to end.
         command += ["--kafka-port", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -86,9 +87,9 @@ def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
     raise RuntimeError(f"the broker did not start: {process.args}")
 
 
-def _child(role: str, address: str, count: int) -> float:
+def child(module: str, *arguments: object) -> float:
     """Run a role in a process of its own, free of the other side's threads; the seconds it found."""
-    command = [sys.executable, "-m", "benchmarks.quix", role, address, str(count)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=600)
     return float(done.stdout.split()[-1])
 
