@@ -18,7 +18,8 @@ HEADER = """# What a crash leaves behind
 
 Made by `python -m tests.crash.table`; do not edit. A worker of a stateful consumer that emits, returns an output and
 sets deadlines is killed (SIGKILL) the first time it comes to each point of the protocol (`djp_dagster.processing`);
-then a second worker takes over, and the books are checked from outside. A test keeps this page true.
+then a second worker takes over, and the books are checked from outside. At the points whose number is 9, a snapshot of
+the state is taken after the first batch (`djp_dagster.state.snapshots`). A test keeps this page true.
 
 | killed after | open batch | stored output | committed effects | local state | the next holder | books |
 |---|---|---|---|---|---|---|
@@ -32,7 +33,9 @@ def observe(folder: Path, point: str, context: multiprocessing.context.ForkServe
         with world.open_world(str(folder)) as stream:
             events = [world.ORDERS.event(n=n, user="user-1", kind="good") for n in range(10)]
             stream.publish("orders", events)
-        victim = arena.start(world.work, ["counts"], point=point)
+        # For the points of snapshots, the same consumer with a policy that makes its first batch be followed by one.
+        counts = "counts, each batch kept" if point.startswith("9.") else "counts"
+        victim = arena.start(world.work, [counts], point=point)
         wait_for(lambda: victim.exitcode is not None, f"the death at {point}")
         left = _left_behind(arena.books, folder)
         arena.start(world.work, ["counts", "relay", "files"])
@@ -55,12 +58,23 @@ def _left_behind(books: Books, folder: Path) -> tuple[str, str, str, str]:
     referenced = len(books.outputs("counts")) if files else 0
     effects = "all" if books.topic("counted") and referenced else "none"
     states = list((folder / "state").rglob("*.db"))
+    output = "none" if not files else "referenced" if referenced else "unreferenced"
     return (
         f"attempt {intents[0][1]}" if intents else "none",
-        "none" if not files else "referenced" if referenced else "unreferenced",
+        output + _snapshot(books, folder),
         effects,
         _state(books, states) if effects == "all" else "not concerned",
     )
+
+
+def _snapshot(books: Books, folder: Path) -> str:
+    """What there is of snapshots: copies in the payload store, and those that the stream knows."""
+    copies = {path for path in (folder / "stream-payloads").rglob("sha256/*/*") if path.is_file()}
+    known = {one.path for task in books.tasks("counts") for one in books.snapshots("counts", task)}
+    assert known <= copies
+    if not copies:
+        return ""
+    return "; a known snapshot" if known == copies else "; a snapshot nothing refers to"
 
 
 def _state(books: Books, states: list[Path]) -> str:

@@ -8,12 +8,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import msgspec
 import pytest
 
 import djp_dagster as djp
 from tests.crash.conftest import Arena, wait_for
-from tests.crash.oracle import Books
+from tests.crash.oracle import Books, check_local_files, check_snapshots, decoded
 from tests.crash.world import LEASE_S, PATIENT, until_stopped
 
 pytestmark = pytest.mark.crash
@@ -22,7 +21,13 @@ EDITS = djp.Topic("edits", partitions=4, key="channel")
 Totals = dict[str, list[int]]
 
 
-@djp.consumer(topic=EDITS, stateful=True, max_batch=djp.Threshold(events=400), retry=PATIENT)
+@djp.consumer(
+    topic=EDITS,
+    stateful=True,
+    max_batch=djp.Threshold(events=400),
+    retry=PATIENT,
+    snapshots=djp.SnapshotPolicy(bytes="48KiB"),
+)
 def totals(batch: djp.Batch) -> None:
     """Edits, added and deleted, per hour and per channel."""
     for record in batch:
@@ -48,19 +53,12 @@ def publish(stream: djp.EventStream, path: Path) -> int:
 
 
 def counted(books: Books) -> tuple[Totals, Totals]:
-    """The last value of every key of every task, from the changelog; tasks added up."""
-    rows = books.db.execute(
-        "SELECT r.partition, blob FROM djp_record_batches r JOIN djp_topics USING (topic_id) "
-        "WHERE name = '__changelog.totals' ORDER BY r.partition, base_offset"
-    )
-    last: dict[tuple[int, str], list[int]] = {}
-    for partition, blob in rows:
-        for key, value in msgspec.msgpack.decode(blob):
-            last[partition, msgspec.msgpack.decode(key)] = msgspec.msgpack.decode(value)
+    """The state of every task, from snapshots and changelogs; tasks added up."""
     sums: dict[str, Totals] = {"hour": defaultdict(lambda: [0, 0, 0]), "channel": defaultdict(lambda: [0, 0, 0])}
-    for (_, key), values in last.items():
-        kind, _, name = key.partition(" ")
-        sums[kind][name] = [old + new for old, new in zip(sums[kind][name], values, strict=True)]
+    for task in books.tasks("totals"):
+        for key, values in decoded(books.state("totals", task)).items():
+            kind, _, name = key.partition(" ")
+            sums[kind][name] = [old + new for old, new in zip(sums[kind][name], values, strict=True)]
     return dict(sums["hour"]), dict(sums["channel"])
 
 
@@ -86,6 +84,8 @@ def test_wikipedia_edits_under_random_kills(arena: Arena, seed: random.Random, s
     wait_for(arena.books.everything_done, "the edits to be counted")
     arena.settle()
     assert kills >= 3
+    assert check_snapshots(arena.books, "totals", keep=2)
+    assert check_local_files(arena.books, ["totals"])
     hours, channels = counted(arena.books)
     assert hours == answers(shared_data / "answers" / "wikiticker.per_hour.tsv")
     assert channels == answers(shared_data / "answers" / "wikiticker.per_channel.tsv")

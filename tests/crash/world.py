@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from djp_dagster.processing import crash_points
 from djp_dagster.testing import kill_at
 
 LEASE_S = 0.6
+REMEMBERED = 10
 PARTITIONS = 3
 ORDERS = djp.Topic("orders", partitions=PARTITIONS, key="user")
 COUNTED = djp.Topic("counted", partitions=2, key="user")
@@ -24,16 +26,22 @@ FINAL = djp.Topic("final", partitions=1)
 PATIENT = djp.RetryPolicy(max_attempts=10_000, first=0.001, longest=0.01)
 
 
-@djp.consumer(
-    topic=ORDERS,
-    emits=[COUNTED],
-    stateful=True,
-    max_batch=djp.Threshold(events=25),
-    retry=PATIENT,
-    max_poison=25,
-)
-def counts(batch: djp.Batch) -> dict[str, object]:
-    """Count orders per user; refuse some, fail on others."""
+def counting(snapshots: djp.SnapshotPolicy) -> Callable[[Callable[[djp.Batch], object]], djp.Consumer]:
+    """What makes a consumer of `count`."""
+    return djp.consumer(
+        topic=ORDERS,
+        emits=[COUNTED],
+        group="counts",
+        stateful=True,
+        max_batch=djp.Threshold(events=25),
+        retry=PATIENT,
+        max_poison=25,
+        snapshots=snapshots,
+    )
+
+
+def count(batch: djp.Batch) -> dict[str, object]:
+    """Count orders per user, and remember the last of them; refuse some, fail on others."""
     seen = []
     for record in batch:
         data = record.data
@@ -42,12 +50,21 @@ def counts(batch: djp.Batch) -> dict[str, object]:
         if data["kind"] == "refused":
             batch.fail(record, "refused")
             continue
-        count = batch.state.get(data["user"], 0) + 1
-        batch.state.set(data["user"], count)
-        batch.set_deadline(data["user"], record.append_time + timedelta(days=1))
-        batch.emit(COUNTED.event(user=data["user"], n=data["n"], count=count))
+        user, n = data["user"], data["n"]
+        number = batch.state.get(user, 0) + 1
+        batch.state.set(user, number)
+        batch.state.set((user, number), {"n": n, "note": f"order {n} of {user}" * 5})
+        if number > REMEMBERED:
+            batch.state.delete((user, number - REMEMBERED))
+        batch.set_deadline(user, record.append_time + timedelta(days=1))
+        batch.emit(COUNTED.event(user=user, n=n, count=number))
         seen.append([record.partition, record.offset])
     return {"seen": seen}
+
+
+counts = counting(djp.SnapshotPolicy(changes=30, bytes="1MiB", keep=2))(count)
+counts_kept = counting(djp.SnapshotPolicy(changes=1, keep=2))(count)
+"""The same group; its first batch is followed by a snapshot."""
 
 
 @djp.consumer(topic=ORDERS, max_batch=djp.Threshold(events=60), retry=PATIENT)
@@ -62,7 +79,7 @@ def relay(record: djp.Record, batch: djp.Batch) -> None:
     batch.emit(FINAL.event(user=record.data["user"], n=record.data["n"]))
 
 
-CONSUMERS = {"counts": counts, "files": files, "relay": relay}
+CONSUMERS = {"counts": counts, "files": files, "relay": relay, "counts, each batch kept": counts_kept}
 
 
 def open_world(folder: str) -> djp.EventStream:
