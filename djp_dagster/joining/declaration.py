@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.joining.buffer import BufferRun, Duplicates, JoinRules, OnDeadline
+from djp_dagster.joining.buffer import BufferRun
 from djp_dagster.joining.copartitioning import co_partitioned
 from djp_dagster.joining.joined import Joined
 from djp_dagster.joining.parts import Input, PartSpec, part_specs
+from djp_dagster.joining.rules import Duplicates, JoinRules, OnDeadline
 from djp_dagster.processing.batch import Batch
 from djp_dagster.processing.consumer import (
     DEFAULT_MAX_BATCH,
