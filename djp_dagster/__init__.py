@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from djp_dagster.events import Event
     from djp_dagster.joining.declaration import Join, join
     from djp_dagster.joining.joined import Joined
+    from djp_dagster.lookups.lookup import Lookup
     from djp_dagster.mapreduce.combining import Collect, CombineFn, Count, Distinct, Max, Mean, Min, Sum, TopK
     from djp_dagster.mapreduce.engines.dask import Dask
     from djp_dagster.mapreduce.engines.processes import Processes
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from djp_dagster.processing.threshold import Threshold
     from djp_dagster.processing.worker import Worker
     from djp_dagster.resources.event_stream import SqlEventStream
+    from djp_dagster.resources.lookup import HttpLookup, LookupResource
     from djp_dagster.resources.payload_stores import LocalPayloadStore
     from djp_dagster.resources.s3 import S3PayloadStore
     from djp_dagster.state.snapshots import SnapshotPolicy
@@ -91,11 +93,14 @@ _HOMES = {
     "Event": "events",
     "EventDag": "dags.event_dag",
     "EventStream": "streams.stream",
+    "HttpLookup": "resources.lookup",
     "Items": "mapreduce.sources.topics",
     "Join": "joining.declaration",
     "Joined": "joining.joined",
     "JsonLines": "mapreduce.sources.structured",
     "LocalPayloadStore": "resources.payload_stores",
+    "Lookup": "lookups.lookup",
+    "LookupResource": "resources.lookup",
     "MapReduce": "mapreduce.job",
     "MapReduceResult": "mapreduce.results",
     "MapTask": "mapreduce.tasks",
@@ -182,11 +187,14 @@ __all__ = [
     "Event",
     "EventDag",
     "EventStream",
+    "HttpLookup",
     "Items",
     "Join",
     "Joined",
     "JsonLines",
     "LocalPayloadStore",
+    "Lookup",
+    "LookupResource",
     "MapReduce",
     "MapReduceResult",
     "MapTask",

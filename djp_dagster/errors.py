@@ -13,6 +13,7 @@
     │   ├── RetriesExhaustedError       a transient failure outlived its retry budget
     │   ├── PayloadStoreUnavailableError    the payload store is away, or too busy
     │   ├── WorkerDiedError             a process died at its task, as often as it was tried
+    │   ├── LookupUnavailableError      a service did not answer, as often as it was asked
     │   ├── StaleReadError              a table has not come as far as it was asked for
     │   ├── ShuffleSpaceError           no space left for the temporary files of a map-reduce
     │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
@@ -42,6 +43,8 @@
         ├── StateLostError              neither a snapshot nor the beginning of the changelog is left
         ├── CoPartitionError            inputs of a join, or a table, that are not partitioned by its key
         ├── EventDagError               consumers that do not make a chain
+        ├── LookupRefusedError          a service says that a request is wrong, or answers nonsense
+        ├── LookupForbiddenError        a service does not accept who asks
         ├── BufferFullError             an event that an event buffer has no room for
         ├── JoinIncompleteError         parts of a key whose deadline has passed
         ├── LatePartError               a part that came after its key was completed, or given up
@@ -140,6 +143,10 @@ class PayloadStoreUnavailableError(TransientError):
 
 class WorkerDiedError(TransientError):
     """The process that worked on a task of a map-reduce died, or stood still, as often as the task was tried."""
+
+
+class LookupUnavailableError(TransientError):
+    """A service did not answer, or said that it cannot for now; ``facts["retry_after_s"]`` is what it asked for."""
 
 
 class StaleReadError(TransientError):
@@ -256,6 +263,14 @@ class CoPartitionError(TerminalError):
 
 class EventDagError(TerminalError):
     """Consumers do not make a chain: a cycle, an unknown topic, two owners, or something nothing leads to."""
+
+
+class LookupRefusedError(TerminalError):
+    """A service says that a request is wrong, or answers something else than agreed."""
+
+
+class LookupForbiddenError(TerminalError):
+    """A service does not accept who asks: no record is at fault."""
 
 
 class BufferFullError(TerminalError):

@@ -11,6 +11,7 @@ from djp_dagster.streams.model import Backlog
 from djp_dagster.streams.records import TopicPartition
 
 _MAX_ROWS = 50
+_OF_ALL = -1
 
 
 class Tally:
@@ -45,7 +46,8 @@ class Tally:
         self.attempt = max(self.attempt, report.attempt)
         self._counts.update(report.counts)
         task = report.ranges[0].partition if report.ranges else 0
-        self._gauges.update({(task, name): value for name, value in report.gauges.items()})
+        for name, value in report.gauges.items():
+            self._gauges[(task if name in report.per_task else _OF_ALL, name)] = value
         self._reasons[report.reason] += 1
         self._last.append(report)
         for part in report.ranges:

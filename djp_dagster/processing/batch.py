@@ -1,5 +1,6 @@
 """`Batch`: the records a handler gets, and the effects it may have."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -237,9 +238,24 @@ class Batch:
         counts = self.effects.counts
         counts[name] = counts.get(name, 0) + number
 
-    def gauge(self, name: str, value: float) -> None:
-        """Set a figure of this name: what the batch's task holds now; Dagster shows the sum over the tasks of a run."""
+    def gauge(self, name: str, value: float, *, per_task: bool = False) -> None:
+        """Set a figure of this name, which Dagster shows, and plots, as it was set last.
+
+        Args:
+            name: of the figure.
+            value: as of now.
+            per_task: it is of the batch's task alone; Dagster shows the sum over all tasks.
+        """
         self.effects.gauges[name] = value
+        if per_task:
+            self.effects.per_task.add(name)
+
+    def scoped(self, record: Record) -> "Batch":
+        """The same batch for one record, with effects of its own."""
+        scoped = copy.copy(self)
+        scoped.effects = self.effects.child()
+        scoped._emits_to, scoped._current = scoped.effects.only, record
+        return scoped
 
     def table(self, consumer: "Consumer") -> "StateView":
         """The table (or the state of another stateful consumer) as it is now, from a local replica.

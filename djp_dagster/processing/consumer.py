@@ -67,6 +67,7 @@ class Consumer:
         asset_key: str | Sequence[str] | None = None,
         snapshots: SnapshotPolicy | None = DEFAULT_SNAPSHOTS,
         tables: "Sequence[Consumer]" = (),
+        concurrency: int = 1,
     ) -> None:
         _require_plain(handler)
         self.handler = handler
@@ -75,7 +76,7 @@ class Consumer:
         self.max_batch, self.stateful = max_batch, stateful
         self.isolate, self.on_poison, self.max_poison = isolate, on_poison, max_poison
         self.retry, self.start, self.max_emit_bytes = retry, start, max_emit_bytes
-        self.snapshots, self.tables = snapshots, tuple(tables)
+        self.snapshots, self.tables, self.concurrency = snapshots, tuple(tables), concurrency
         self._code_version = code_version
         key = self.group if asset_key is None else asset_key
         self.asset_key: tuple[str, ...] = (key,) if isinstance(key, str) else tuple(key)
@@ -211,6 +212,7 @@ def consumer(
     asset_key: str | Sequence[str] | None = None,
     snapshots: SnapshotPolicy | None = DEFAULT_SNAPSHOTS,
     tables: Sequence[Consumer] = (),
+    concurrency: int = 1,
 ) -> Callable[[Handler], Consumer]:
     """Make a consumer of a function: it says what to do with a batch, others say when a batch is cut.
 
@@ -237,6 +239,8 @@ def consumer(
         asset_key: the key of its asset in Dagster, if it is not the group's name: a name or a path.
         snapshots: when the state of a stateful consumer is copied to the payload store; None for never.
         tables: which tables (or other stateful consumers) the handler reads, by ``batch.table(...)``.
+        concurrency: with ``isolate="per_event"``, how many events are handled at the same time, in threads; for
+            handlers that wait for others. Emits keep the order of their events; what handlers do outside does not.
 
     Raises:
         InvalidSettingError: naming the argument, its value and what is allowed.
@@ -278,6 +282,14 @@ def consumer(
         "use 'earliest', 'latest', or a datetime with a time zone",
     )
 
+    _require(is_count(concurrency) and concurrency >= 1, "concurrency", concurrency, "use 1 or more")
+    _require(
+        concurrency == 1 or (isolate == "per_event" and not stateful),
+        "concurrency",
+        concurrency,
+        "only events that are isolated, and share no state, can be handled at the same time",
+    )
+
     def decorate(handler: Handler) -> Consumer:
         return Consumer(
             handler,
@@ -296,6 +308,7 @@ def consumer(
             asset_key=asset_key,
             snapshots=snapshots,
             tables=tables,
+            concurrency=concurrency,
         )
 
     return decorate

@@ -62,6 +62,7 @@ class Effects:
         self.letters: list[NewDeadLetter] = []
         self.counts: dict[str, int] = {}
         self.gauges: dict[str, float] = {}
+        self.per_task: set[str] = set()
         self.deadlines: dict[tuple[int, str], int | None] = {}
         self._undo_deadlines: list[tuple[tuple[int, str], dict[tuple[int, str], int | None]]] = []
 
@@ -85,6 +86,23 @@ class Effects:
         at = (task, key)
         self._undo_deadlines.append((at, {at: self.deadlines[at]} if at in self.deadlines else {}))
         self.deadlines[at] = due_micros
+
+    def child(self) -> "Effects":
+        """Effects of one record, to be taken in with `take_in`, or forgotten."""
+        topics = [emits.topic for emits in self._emits.values()]
+        return Effects(self._scope, topics, self._max_emit_bytes, self._payloads)
+
+    def take_in(self, child: "Effects") -> None:
+        """Add what a `child` holds."""
+        for name, emits in child._emits.items():
+            self._emits[name].events.extend(emits.events)
+            self._emits[name].causes.extend(emits.causes)
+        self.failed.update(child.failed)
+        self.gauges.update(child.gauges)
+        for at, due in child.deadlines.items():
+            self.set_deadline(*at, due)
+        for name, number in child.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + number
 
     @property
     def emitted(self) -> int:

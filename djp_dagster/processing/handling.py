@@ -1,6 +1,5 @@
 """Steps 3 and 4 of the protocol: read a batch for its handler, run the handler, collect what it wants to happen."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from djp_dagster.processing.batch import Batch, ByteCount, read_ranges
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, EmitScope, Position
-from djp_dagster.processing.failures import HandlerError, systemic
+from djp_dagster.processing.failures import HandlerError
+from djp_dagster.processing.isolation import handle_each
 from djp_dagster.state.file import Change
 from djp_dagster.state.stores import TaskStores
 from djp_dagster.state.task_state import TaskState
@@ -20,8 +20,6 @@ from djp_dagster.state.view import StateView
 from djp_dagster.streams.model import DeadLetter, Intent, Lease, Range
 from djp_dagster.streams.records import EncodedBatch, Origin, Record, Undecodable, decode_one
 from djp_dagster.streams.stream import EventStream
-
-_log = logging.getLogger(__name__)
 
 
 class Attempt(msgspec.Struct):
@@ -143,29 +141,13 @@ class Handling:
     def _call(self, batch: Batch, effects: Effects, state: TaskState | None) -> Any:
         consumer = self._consumer
         if consumer.isolate == "batch":
-            return consumer.handle(batch, self._resources)
-        resources = {**self._resources, "batch": batch} if consumer.wants_batch else self._resources
-        for record in batch:
-            mark, state_mark = effects.mark(), state.mark() if state is not None else 0
-            try:
-                consumer.handler(record, **resources)
-            except Exception as error:
-                if consumer.retry.judge(error) != "terminal":
-                    raise
-                if not effects.failed:
-                    # Once per batch: the dead letters have the type and the text of each.
-                    _log.warning("handler %s failed on record %s", batch.group, record.position, exc_info=error)
-                effects.undo(mark)
-                if state is not None:
-                    state.undo(state_mark)
-                batch.fail(record, error)
-                self._require_tolerable(batch, record, effects)
-        return None
-
-    def _require_tolerable(self, batch: Batch, record: Record, effects: Effects) -> None:
-        found = effects.failed[record.position]
-        if len(effects.failed) > batch.max_poison:
-            raise systemic(batch.group, batch.max_poison, batch.id, len(effects.failed), found.error_type, found.error)
+            value = consumer.handle(batch, self._resources)
+        else:
+            handle_each(consumer, batch, self._resources, state)
+            value = None
+        for name, resource in self._resources.items():
+            _add_figures(effects, name, resource)
+        return value
 
     def _history(self, ranges: Sequence[Range]) -> list[Range]:
         """All that was ever handled: from where the log begins to the committed offsets."""
@@ -181,3 +163,13 @@ class Handling:
             origin = Origin(letter.topic, letter.partition, letter.append_micros, self._scope, self._stream.claimed)
             record = decode_one(letter.raw, letter.offset, origin)
             yield ([], [record]) if isinstance(record, Undecodable) else ([record], [])
+
+
+def _add_figures(effects: Effects, name: str, resource: Any) -> None:
+    """What a resource of ours has done for the batch, under its name."""
+    take = getattr(resource, "take_figures", None)
+    if take is not None:
+        counts, measures = take()
+        for figure, number in counts.items():
+            effects.counts[f"{name}_{figure}"] = number
+        effects.gauges.update({f"{name}_{figure}": value for figure, value in measures.items()})

@@ -208,6 +208,7 @@ class Processor:
             commit_seconds=finished - committing,
             counts=attempt.effects.counts,
             gauges=attempt.effects.gauges,
+            per_task=frozenset(attempt.effects.per_task),
         )
 
     def _after_failure(self, lease: Lease, intent: Intent, error: Exception) -> Intent:

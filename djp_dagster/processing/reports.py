@@ -14,7 +14,7 @@ class BatchReport(msgspec.Struct, frozen=True):
     Attributes:
         bytes: encoded size of the records the handler read.
         counts: what the handler counted, by name; to be added up.
-        gauges: what it measured, by name, e.g. what its task holds now.
+        gauges: what it measured, by name; of the names in ``per_task``, its task alone.
         seconds: from the start of its last attempt to its commit.
         handler_seconds, commit_seconds: the parts of that.
     """
@@ -37,3 +37,4 @@ class BatchReport(msgspec.Struct, frozen=True):
     commit_seconds: float
     counts: Mapping[str, int] = {}
     gauges: Mapping[str, float] = {}
+    per_task: frozenset[str] = frozenset()

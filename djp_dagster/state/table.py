@@ -183,7 +183,7 @@ class Table(Consumer):
                 keys, differing = _correct(batch.state, TaskState(file))
             finally:
                 file.close()
-        batch.gauge("keys", keys)
+        batch.gauge("keys", keys, per_task=True)
         batch.count("corrected_keys", differing)
 
 
