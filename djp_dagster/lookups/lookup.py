@@ -84,7 +84,7 @@ class Lookup:
         >>> users.get_many([1, 2, 2, 3])
         {1: {'name': 'user 1'}, 2: {'name': 'user 2'}}
         >>> users.figures.take()[0]
-        {'keys': 4, 'calls': 1, 'fetched': 3, 'not_found': 1}
+        {'keys': 4, 'fetched': 3, 'calls': 1, 'not_found': 1}
         >>> users.close()
     """
 
