@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from djp_dagster.patterns.dag import build_event_dag_assets, build_trace_job
     from djp_dagster.patterns.event_buffering import build_buffer_job, build_join_assets
+    from djp_dagster.patterns.kappa import build_replay_asset, build_replay_schedule, build_replay_sensor, replay_op
     from djp_dagster.patterns.map_reduce import build_merged_asset, map_reduce_asset, map_reduce_op
     from djp_dagster.patterns.stateful_worker import build_table_asset
     from djp_dagster.patterns.streaming import (
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from djp_dagster.processing.run import RunReport, run_pending
     from djp_dagster.processing.threshold import Threshold
     from djp_dagster.processing.worker import Worker
+    from djp_dagster.replaying.replay import replay
     from djp_dagster.resources.event_stream import SqlEventStream
     from djp_dagster.resources.lookup import HttpLookup, LookupResource
     from djp_dagster.resources.payload_stores import LocalPayloadStore
@@ -142,6 +144,9 @@ _HOMES = {
     "build_merged_asset": "patterns.map_reduce",
     "build_publish_job": "orchestration.operator_jobs",
     "build_redrive_job": "orchestration.operator_jobs",
+    "build_replay_asset": "patterns.kappa",
+    "build_replay_schedule": "patterns.kappa",
+    "build_replay_sensor": "patterns.kappa",
     "build_seek_job": "orchestration.operator_jobs",
     "build_stream_asset": "patterns.streaming",
     "build_stream_checks": "orchestration.checks",
@@ -163,6 +168,8 @@ _HOMES = {
     "publish_op": "orchestration.operator_jobs",
     "rebuild": "processing.commands",
     "redrive": "processing.redrive",
+    "replay": "replaying.replay",
+    "replay_op": "patterns.kappa",
     "request_redrive": "processing.redrive",
     "run_pending": "processing.run",
     "testing": "",
@@ -237,6 +244,9 @@ __all__ = [
     "build_merged_asset",
     "build_publish_job",
     "build_redrive_job",
+    "build_replay_asset",
+    "build_replay_schedule",
+    "build_replay_sensor",
     "build_seek_job",
     "build_stream_asset",
     "build_stream_checks",
@@ -257,6 +267,8 @@ __all__ = [
     "publish_op",
     "rebuild",
     "redrive",
+    "replay",
+    "replay_op",
     "request_redrive",
     "run_pending",
     "trace",

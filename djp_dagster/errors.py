@@ -39,6 +39,7 @@
         ├── PoisonBlockedError          a poison record in a group that must not skip
         ├── RedriveFailedError          a dead letter failed again; it stays pending
         ├── SystemicFailureError        more poison than ``max_poison``
+        ├── ReplayExpiredError          a window that retention has begun to remove
         ├── StateMismatchError          local state that does not continue its changelog
         ├── StateLostError              neither a snapshot nor the beginning of the changelog is left
         ├── CoPartitionError            inputs of a join, or a table, that are not partitioned by its key
@@ -251,6 +252,10 @@ class SystemicFailureError(TerminalError):
 
 class StateMismatchError(TerminalError):
     """A task's local state does not continue its changelog; it must be discarded and restored."""
+
+
+class ReplayExpiredError(TerminalError):
+    """What a replay is to read is no longer whole: retention has begun to remove it."""
 
 
 class StateLostError(TerminalError):

@@ -88,6 +88,11 @@ class EventLog(Protocol):
     def offset_at(self, at: TopicPartition, micros: int) -> int:
         """The offset of the first record appended at or after the time; the end if there is none."""
 
+    def with_event_times(
+        self, at: TopicPartition, first: int, last: int, *, start: int, end: int
+    ) -> list[tuple[int, int]]:
+        """Ranges between ``start`` and ``end`` outside of which no event time is ``first <= time < last``."""
+
     def append_time_of(self, at: TopicPartition, offset: int) -> int | None:
         """The append time of the record at ``offset``; None at the end."""
 

@@ -176,7 +176,13 @@ class Producer:
         wanted = self._stamp.sequence + 1 if sequence is None else sequence
         give_up = time.monotonic() + self._retry_for_s
         info = self._until_known(lambda: self._log.topic(topic), give_up)
-        batches = list(route(info, events, self._payloads))
+        return self._append(list(route(info, events, self._payloads)), wanted, give_up)
+
+    def append(self, batches: Sequence[EncodedBatch], *, sequence: int) -> list[Appended]:
+        """The same for events that are encoded already."""
+        return self._append(batches, sequence, time.monotonic() + self._retry_for_s)
+
+    def _append(self, batches: Sequence[EncodedBatch], wanted: int, give_up: float) -> list[Appended]:
         stamp = self._stamp._replace(sequence=wanted)
         try:
             appended = self._until_known(lambda: self._log.append(batches, stamp), give_up)

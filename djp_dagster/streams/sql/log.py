@@ -119,6 +119,21 @@ _first_beyond = Prepared(
     .order_by(_rows.c.base_offset)
     .limit(1)
 )
+_in_event_times = (
+    sa.select(_rows.c.base_offset, _rows.c["count"])
+    .where(
+        _rows.c.topic_id == _t,
+        _rows.c.partition == _p,
+        _rows.c.base_offset < sa.bindparam("until"),
+        _rows.c.base_offset + _rows.c["count"] > sa.bindparam("start"),
+        sa.or_(
+            sa.and_(_rows.c.max_event_micros >= sa.bindparam("first"), _rows.c.min_event_micros < sa.bindparam("last")),
+            # An event that says no time happened when it was appended, whatever its neighbours say.
+            sa.and_(_rows.c.append_micros >= sa.bindparam("first"), _rows.c.append_micros < sa.bindparam("last")),
+        ),
+    )
+    .order_by(_rows.c.base_offset)
+)
 _producer = sa.select(schema.producers).where(schema.producers.c.name == sa.bindparam("n")).with_for_update()
 
 
@@ -326,6 +341,23 @@ class SqlEventLog:
         with self.database.read() as connection:
             found = connection.execute(_at_time, parameters).scalar_one()
             return int(found if found is not None else connection.execute(_span, parameters).one().end_offset)
+
+    def with_event_times(
+        self, at: TopicPartition, first: int, last: int, *, start: int, end: int
+    ) -> list[tuple[int, int]]:
+        """See `EventLog.with_event_times`."""
+        if end <= start:
+            return []
+        parameters = {"t": self.catalog.id_of(at.topic), "p": at.partition, "first": first, "last": last}
+        found: list[tuple[int, int]] = []
+        with self.database.read() as connection:
+            for base, count in connection.execute(_in_event_times, {**parameters, "start": start, "until": end}):
+                low, high = max(base, start), min(base + count, end)
+                if found and found[-1][1] == low:
+                    found[-1] = (found[-1][0], high)
+                elif high > low:
+                    found.append((low, high))
+        return found
 
     def append_time_of(self, at: TopicPartition, offset: int) -> int | None:
         """See `EventLog.append_time_of`."""

@@ -5,6 +5,7 @@ makes nothing known. Only then, and in transactions of its own, the changelog lo
 covers: a crash in between leaves more of it than is needed, which the next snapshot removes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -20,11 +21,22 @@ from djp_dagster.streams.sql.retention import drop_before
 from djp_dagster.streams.topics import changelog_of
 
 _snapshots, _parts = schema.snapshots, schema.partitions
+_g: sa.BindParameter[int] = sa.bindparam("g")
 _decode_payload = msgspec.json.Decoder(PayloadRef).decode
 
 
 class SqlSnapshots(SqlCommits):
     """The part of `Coordinator` about snapshots."""
+
+    def acquire(self, group: str, tasks: Sequence[int] | None, owner: str, ttl_s: float) -> Lease:
+        """See `Coordinator.acquire`."""
+        lease = super().acquire(group, tasks, owner, ttl_s)
+        self._forget_changelog(group)
+        return lease
+
+    def _forget_changelog(self, group: str) -> None:
+        """Another process may have replaced it, by a seek, since this one last looked it up."""
+        self.log.catalog.forget(changelog_of(group))
 
     def add_snapshot(self, lease: Lease, snapshot: NewSnapshot, *, keep: int) -> None:
         """See `Coordinator.add_snapshot`."""
@@ -53,31 +65,30 @@ class SqlSnapshots(SqlCommits):
 
     def snapshots(self, group: str, task: int) -> list[Snapshot]:
         """See `Coordinator.snapshots`."""
-        query = (
-            sa.select(_snapshots)
-            .where(
-                _snapshots.c.group_id == self.id_of(group),
-                _snapshots.c.task == task,
-                _snapshots.c.changelog_id == self.log.catalog.id_of(changelog_of(group)),
-            )
-            .order_by(_snapshots.c.id.desc())
-        )
+        changelog_id = self.log.catalog.id_of(changelog_of(group))
+        query = sa.select(_snapshots).where(_snapshots.c.task == task, _snapshots.c.changelog_id == changelog_id)
         with self.database.read() as connection:
-            return [_snapshot(row) for row in connection.execute(query)]
+            mine = query.where(_snapshots.c.group_id == self._id_in(connection, group))
+            return [_snapshot(row) for row in connection.execute(mine.order_by(_snapshots.c.id.desc()))]
 
     def view(self, group: str) -> GroupView:
         """See `Coordinator.view`."""
-        info = self.group(group)
-        changelog_id = self.log.catalog.id_of(changelog_of(group)) if info.stateful else -1
-        ends = sa.select(_parts.c.partition, _parts.c.end_offset).where(_parts.c.topic_id == changelog_id)
+        self._forget_changelog(group)
+        topics = schema.topics
+        ends = (
+            sa.select(_parts.c.partition, _parts.c.end_offset)
+            .join(topics, topics.c.topic_id == _parts.c.topic_id)
+            .where(topics.c.name == changelog_of(group))
+            .order_by(_parts.c.partition)
+        )
         table = schema.positions
         query = (
             sa.select(table.c.topic_id, table.c.partition, table.c.committed)
-            .where(table.c.group_id == self.id_of(group))
+            .where(table.c.group_id == _g)
             .order_by(table.c.topic_id, table.c.partition)
         )
         with self.database.snapshot() as connection:
-            rows = connection.execute(query).all()
+            rows = self._rows_of(connection, query, group)
             changelog = {row.partition: row.end_offset for row in connection.execute(ends)}
             backlog = self.backlog_in(connection, group)
         name_of = self.log.catalog.name_of
