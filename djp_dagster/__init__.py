@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from djp_dagster.orchestration.build import build_defs
     from djp_dagster.orchestration.checks import build_check_sensor, build_stream_checks
     from djp_dagster.orchestration.operator_jobs import build_publish_job, build_redrive_job, build_seek_job, publish_op
+    from djp_dagster.orchestration.rebuild_job import build_rebuild_job
     from djp_dagster.patterns.batching import build_batch_schedule, build_batch_sensor
     from djp_dagster.patterns.claim_check import ClaimCheckIOManager
     from djp_dagster.patterns.claim_gc import (
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from djp_dagster.streams.records import Record, TopicPartition
     from djp_dagster.streams.stream import EventStream, open_stream
     from djp_dagster.streams.topics import Topic
+    from djp_dagster.versions.promotion import follow, promote, rollback
 
 _HOMES = {
     "Batch": "processing.batch",
@@ -143,6 +145,7 @@ _HOMES = {
     "build_join_assets": "patterns.event_buffering",
     "build_merged_asset": "patterns.map_reduce",
     "build_publish_job": "orchestration.operator_jobs",
+    "build_rebuild_job": "orchestration.rebuild_job",
     "build_redrive_job": "orchestration.operator_jobs",
     "build_replay_asset": "patterns.kappa",
     "build_replay_schedule": "patterns.kappa",
@@ -158,6 +161,7 @@ _HOMES = {
     "claim_gc_op": "patterns.claim_gc",
     "consumer": "processing.consumer",
     "errors": "",
+    "follow": "versions.promotion",
     "join": "joining.declaration",
     "map_reduce": "mapreduce.running",
     "map_reduce_asset": "patterns.map_reduce",
@@ -165,12 +169,14 @@ _HOMES = {
     "open_payload_store": "claim_check.location",
     "open_stream": "streams.stream",
     "process_batch_op": "patterns.streaming",
+    "promote": "versions.promotion",
     "publish_op": "orchestration.operator_jobs",
     "rebuild": "processing.commands",
     "redrive": "processing.redrive",
     "replay": "replaying.replay",
     "replay_op": "patterns.kappa",
     "request_redrive": "processing.redrive",
+    "rollback": "versions.promotion",
     "run_pending": "processing.run",
     "testing": "",
     "trace": "dags.tracing",
@@ -243,6 +249,7 @@ __all__ = [
     "build_join_assets",
     "build_merged_asset",
     "build_publish_job",
+    "build_rebuild_job",
     "build_redrive_job",
     "build_replay_asset",
     "build_replay_schedule",
@@ -257,6 +264,7 @@ __all__ = [
     "build_worker_sensor",
     "claim_gc_op",
     "consumer",
+    "follow",
     "join",
     "map_reduce",
     "map_reduce_asset",
@@ -264,12 +272,14 @@ __all__ = [
     "open_payload_store",
     "open_stream",
     "process_batch_op",
+    "promote",
     "publish_op",
     "rebuild",
     "redrive",
     "replay",
     "replay_op",
     "request_redrive",
+    "rollback",
     "run_pending",
     "trace",
 ]

@@ -14,6 +14,7 @@
     │   ├── PayloadStoreUnavailableError    the payload store is away, or too busy
     │   ├── WorkerDiedError             a process died at its task, as often as it was tried
     │   ├── LookupUnavailableError      a service did not answer, as often as it was asked
+    │   ├── NotCaughtUpError            a version that is to be promoted is behind the live one
     │   ├── StaleReadError              a table has not come as far as it was asked for
     │   ├── ShuffleSpaceError           no space left for the temporary files of a map-reduce
     │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
@@ -148,6 +149,10 @@ class WorkerDiedError(TransientError):
 
 class LookupUnavailableError(TransientError):
     """A service did not answer, or said that it cannot for now; ``facts["retry_after_s"]`` is what it asked for."""
+
+
+class NotCaughtUpError(TransientError):
+    """A version of a group that is to take the place of the live one has not done all that that has."""
 
 
 class StaleReadError(TransientError):

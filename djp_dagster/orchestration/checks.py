@@ -21,6 +21,7 @@ from djp_dagster.streams.stream import EventStream
 from djp_dagster.units import Duration, parse_seconds
 
 LAG, DEAD_LETTERS, WORKER, FRESH = "lag_below", "no_pending_dead_letters", "worker_alive", "fresh"
+REBUILT = "made_by_this_code"
 _REPEAT_S = 600.0
 
 
@@ -39,6 +40,7 @@ def build_stream_checks(
     max_lag_age: Duration | None = None,
     worker: bool = False,
     fresh_within: Duration | None = None,
+    rebuilt: bool = False,
     stuck_after: Duration = "10min",
     blocking: bool = False,
 ) -> dg.AssetChecksDefinition:
@@ -53,6 +55,8 @@ def build_stream_checks(
         max_lag_age: ``lag_below`` fails if the oldest pending event is older, e.g. ``"5min"``.
         worker: ``worker_alive`` fails if no worker is at work, or one batch takes longer than ``stuck_after``.
         fresh_within: ``fresh`` fails if a table (or other state) lacks an event that is older; for what others read.
+        rebuilt: ``made_by_this_code`` warns if the state was begun by another version of the code: rebuild it, see
+            `build_rebuild_job`.
         stuck_after: how long a batch may take.
         blocking: whether a failed check holds back what is downstream in the same run.
     """
@@ -61,6 +65,8 @@ def build_stream_checks(
     if max_lag_events is not None or max_lag_age is not None:
         age_s = None if max_lag_age is None else parse_seconds(max_lag_age, name="max_lag_age")
         limits[LAG] = {"max_lag_events": max_lag_events, "max_lag_age_seconds": age_s}
+    if rebuilt:
+        limits[REBUILT] = {"code_version": consumer.code_version}
     if fresh_within is not None:
         limits[FRESH] = {"fresh_within_seconds": parse_seconds(fresh_within, name="fresh_within")}
     if worker:
@@ -87,6 +93,7 @@ def build_stream_checks(
                 asset_key=spec.asset_key,
                 description=verdict.description,
                 metadata=verdict.metadata,
+                severity=_severity_of(spec),
             )
 
     return stream_checks
@@ -149,6 +156,8 @@ def evaluate(stream: EventStream, spec: dg.AssetCheckSpec) -> Verdict:
     try:
         if spec.name == LAG:
             return _lag(stream, group, spec.metadata)
+        if spec.name == REBUILT:
+            return _rebuilt(stream, group, str(spec.metadata["code_version"]))
         if spec.name == FRESH:
             return _fresh(stream, group, float(str(spec.metadata["fresh_within_seconds"])))
         if spec.name == DEAD_LETTERS:
@@ -164,6 +173,18 @@ def _lag(stream: EventStream, group: str, limits: Mapping[str, Any]) -> Verdict:
     most, oldest = limits.get("max_lag_events"), limits.get("max_lag_age_seconds")
     passed = (most is None or pending.events <= most) and (oldest is None or pending.age_s <= oldest)
     return Verdict(passed, f"{pending.events} pending, the oldest {pending.age_s:.0f} s old", lag_metadata(pending))
+
+
+def _rebuilt(stream: EventStream, group: str, code_version: str) -> Verdict:
+    made_by = stream.coordinator.group(group).code_version
+    if made_by in (None, code_version):
+        return Verdict(True, "its state was made by the code as it is")
+    return Verdict(
+        False,
+        f"its state was begun by code {made_by}, and the code is {code_version} now: what it holds may be of either. "
+        "Rebuild it beside the live version, compare, and promote: rebuild_job",
+        {"made_by": made_by, "code_version": code_version},
+    )
 
 
 def _fresh(stream: EventStream, group: str, within_s: float) -> Verdict:
@@ -197,8 +218,12 @@ def _evaluation(spec: dg.AssetCheckSpec, verdict: Verdict) -> dg.AssetCheckEvalu
         passed=verdict.passed,
         description=verdict.description,
         metadata=dict(verdict.metadata),
-        severity=dg.AssetCheckSeverity.ERROR,
+        severity=_severity_of(spec),
     )
+
+
+def _severity_of(spec: dg.AssetCheckSpec) -> dg.AssetCheckSeverity:
+    return dg.AssetCheckSeverity.WARN if spec.name == REBUILT else dg.AssetCheckSeverity.ERROR
 
 
 def _id_of(spec: dg.AssetCheckSpec) -> str:
@@ -227,6 +252,7 @@ def _latest_materializations(
 _DESCRIPTIONS = {
     LAG: "What is pending is little, and young.",
     DEAD_LETTERS: "No record waits to be redriven or discarded.",
+    REBUILT: "The state was made by the code as it is.",
     FRESH: "What others read of it is not older than agreed.",
     WORKER: "A worker is at work, and no batch takes too long.",
 }

@@ -1,5 +1,6 @@
 """`Consumer`: what to do with a batch; and `consumer`, the decorator that makes one of a function."""
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from djp_dagster.processing.failures import RetryPolicy
 from djp_dagster.processing.threshold import Threshold
 from djp_dagster.state.snapshots import SnapshotPolicy
 from djp_dagster.streams.model import GroupInfo, GroupSpec
+from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.stream import EventStream, StartPosition, parse_start
 from djp_dagster.streams.topics import Topic, check_name
 from djp_dagster.units import Size, is_count, parse_bytes
@@ -40,12 +42,14 @@ class Consumer:
         asset_key: the path of its asset in Dagster.
         aligned: whether a batch holds, of all inputs, what was appended up to one moment.
         keyed_by_topic: whether keys of its state are keys of its events, and so in their task.
+        follows: the live group, if this is another version of it, which must have no effect but on its state.
         tables: whose current state the handler reads.
         helpers: consumers that must run for this one to get anything.
     """
 
     aligned = False
     keyed_by_topic = False
+    follows: str | None = None
     helpers: "tuple[Consumer, ...]" = ()
 
     def __init__(
@@ -97,6 +101,19 @@ class Consumer:
         """What is done with a batch, unless it is isolated per event."""
         return self.handler(batch, **resources)
 
+    def ends(self, stream: EventStream) -> dict[TopicPartition, int]:
+        """Up to where there is something to do: the ends of its topics; of a follower, what the live group has done."""
+        if self.follows is not None:
+            return stream.positions(self.follows)
+        spans = stream.log.spans([topic.name for topic in self.topics])
+        return {at: span.end for at, span in spans.items()}
+
+    def following(self, suffix: str) -> "Consumer":
+        """The same consumer as a group of its own, which follows the live one and has no effect but on its state."""
+        follower = copy.copy(self)
+        follower.group, follower.follows = f"{self.group}.{suffix}", self.group
+        return follower
+
     def visible(self, value: Any) -> Any:
         """What a reader of the state sees of a value; None is nothing."""
         return value
@@ -127,6 +144,7 @@ class Consumer:
                 topics=tuple(topic.name for topic in self.topics),
                 start=parse_start(self.start),
                 stateful=self.stateful,
+                code_version=self.code_version if self.stateful else None,
             )
         )
 

@@ -87,11 +87,10 @@ def cut_aligned(
     before = tuple(Range(part.topic, part.partition, part.start, end) for part, end in cut if end > part.start)
     if before:
         return before, moment - 1
-    for at, offset in sorted(positions.items()):
-        if log.append_time_of(at, offset) == moment and until.get(at, offset) > offset:
-            end = min(until[at], log.offset_at(at, moment + 1))
-            return cut_ranges(log, {at: offset}, {at: end}, bound), moment - 1
-    return (), 0
+    at = min(at for at, offset in positions.items() if log.append_time_of(at, offset) == moment)
+    # If that one must not be read yet, neither may others: it comes first.
+    end = min(until.get(at, positions[at]), log.offset_at(at, moment + 1))
+    return cut_ranges(log, {at: positions[at]}, {at: end}, bound), moment - 1
 
 
 def read_up_to(log: EventLog, positions: Mapping[TopicPartition, int], ranges: Sequence[Range]) -> int | None:

@@ -122,11 +122,14 @@ class Handling:
             blocks=consumer.on_poison == "block" and not redrive,
             views=self._view if consumer.tables else None,
         )
+        batch.is_replay = consumer.follows is not None
         self._fresh.clear()
         reach("4.handling")
         try:
             value = self._call(batch, effects, state)
             emits = effects.encode_emits()
+            if consumer.follows is not None:
+                emits, value = (), None  # the live version has emitted this, and returned it
             changes = state.changes() if state is not None else []
         except StateMismatchError as error:
             self._stores.restore_later(intent.tasks, str(error))

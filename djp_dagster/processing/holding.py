@@ -94,8 +94,7 @@ class Holding:
         wanted = set(tasks)
         positions = {at: offset for at, offset in self._positions.items() if at.partition in wanted}
         if until is None:
-            spans = self._log.spans([topic.name for topic in self._consumer.topics])
-            until = {at: spans[at].end for at in positions}
+            until = self._consumer.ends(self._stream)
         if self._consumer.aligned:
             ranges, horizon = cut_aligned(self._log, positions, until, bound)
         else:

@@ -81,6 +81,13 @@ class LeaseKeeper:
             self._held.update({(group, task): epoch for task, epoch in lease.epochs.items()})
         return lease
 
+    def take_over(self, group: str) -> Lease:
+        """Lease all tasks, whoever holds them, and keep them."""
+        lease = self._coordinator.take_over(group, self.owner, self.ttl_s)
+        with self._lock:
+            self._held.update({(group, task): epoch for task, epoch in lease.epochs.items()})
+        return lease
+
     def release(self, lease: Lease) -> None:
         """Stop keeping the lease and give it back."""
         self.forget(lease)

@@ -90,8 +90,7 @@ def run_pending(
         if on_report is not None:
             on_report(report)
 
-    spans = stream.log.spans([topic.name for topic in consumer.topics])
-    until = {at: span.end for at, span in spans.items()}
+    until = consumer.ends(stream)
     keeper = LeaseKeeper(stream.coordinator, owner=new_owner(owner), ttl_s=parse_seconds(lease, name="lease"))
     processor = Processor(stream, consumer, resources=resources, state_folder=state_folder, stop=stop)
     with closing(processor), keeper:

@@ -197,6 +197,20 @@ class Coordinator(Protocol):
     def snapshots(self, group: str, task: int) -> list[Snapshot]:
         """The known snapshots of the task's changelog, newest first."""
 
+    def take_over(self, group: str, owner: str, ttl_s: float) -> Lease:
+        """Lease all tasks, whoever holds them: their holders are fenced. Open batches stay open."""
+
+    def swap(self, live: Lease, follower: Lease, *, becomes: str) -> None:
+        """Give the name of the ``live`` group to the ``follower``, and ``becomes`` to the former: at once, or not.
+
+        Changelogs are renamed with them, open batches are void, outputs and their readers change over, all epochs are raised, and nobody holds
+        a task of either any more. A third group that was called ``becomes`` is deleted.
+
+        Raises:
+            FencedError: a lease was lost; nothing changed.
+            NotCaughtUpError: their committed offsets differ; nothing changed.
+        """
+
     def view(self, group: str) -> GroupView:
         """Committed offsets, changelog ends and backlog, as of one moment."""
 

@@ -116,16 +116,18 @@ class GroupSpec(msgspec.Struct, frozen=True):
     topics: tuple[str, ...]
     start: Start = "earliest"
     stateful: bool = False
+    code_version: str | None = None
 
 
 class GroupInfo(msgspec.Struct, frozen=True):
-    """A consumer group as the store knows it."""
+    """A consumer group as the store knows it. ``code_version`` is that of the consumer that first made it."""
 
     name: str
     topics: tuple[str, ...]
     tasks: int
     stateful: bool
     created_micros: int
+    code_version: str | None = None
 
 
 class TaskInfo(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from djp_dagster.streams.model import DeadLetter, Lease, Output, ReaderPosition,
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.database import new_id
 from djp_dagster.streams.sql.groups import encode_json
-from djp_dagster.streams.sql.snapshots import SqlSnapshots
+from djp_dagster.streams.sql.versions import SqlVersions
 from djp_dagster.streams.topics import check_name
 
 _letters, _outputs, _requests, _readers = schema.dead_letters, schema.outputs, schema.requests, schema.readers
@@ -21,7 +21,7 @@ _ROWS_PER_PAGE = 64
 _STATUSES = ("pending", "redriven", "discarded")
 
 
-class SqlCoordinator(SqlSnapshots):
+class SqlCoordinator(SqlVersions):
     """Groups, leases, intents, commits, outputs, dead letters and requests in SQLite or PostgreSQL."""
 
     def outputs(self, group: str, *, after: int = 0, limit: int = 1000) -> list[Output]:

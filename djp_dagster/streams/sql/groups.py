@@ -1,5 +1,6 @@
 """Consumer groups and their committed offsets, on SQL."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from djp_dagster.streams.topics import Topic, changelog_of, check_name
 
 _groups, _tasks, _positions, _members = schema.groups, schema.tasks, schema.positions, schema.members
 _parts, _rows, _intents = schema.partitions, schema.record_batches, schema.intents
+_KNOWN_FOR_S = 1.0
+"""Others may give a name to another group; what commits is fenced by the epoch, and what only looks is late by this."""
 _g: sa.BindParameter[int] = sa.bindparam("g")
 
 encode_json = msgspec.json.Encoder().encode
@@ -74,18 +77,33 @@ open_intents = sa.select(_intents.c.body).where(_intents.c.group_id == _g).order
 class SqlGroups:
     """The part of `Coordinator` about groups and offsets."""
 
+    tables_of_groups = (
+        _positions,
+        _tasks,
+        _members,
+        _intents,
+        schema.deadlines,
+        schema.snapshots,
+        schema.dead_letters,
+        schema.outputs,
+        schema.readers,
+        schema.requests,
+        _groups,
+    )
+
     def __init__(self, log: SqlEventLog) -> None:
         self.log = log
         self.database: Database = log.database
         self._ids: dict[str, int] = {}
+        self._looked_at: dict[str, float] = {}
 
     def id_of(self, name: str) -> int:
         """The group's number; raises `UnknownGroupError`."""
-        group_id = self._ids.get(name)
-        if group_id is None:
-            with self.database.read() as connection:
-                group_id = self._id_in(connection, name)
-        return group_id
+        known = self._ids.get(name)
+        if known is not None and time.monotonic() < self._looked_at.get(name, 0.0) + _KNOWN_FOR_S:
+            return known
+        with self.database.read() as connection:
+            return self._id_in(connection, name)
 
     def _id_in(self, connection: Connection, name: str) -> int:
         """The group's number as of now: others may have deleted it, and made it anew, since it was last looked up."""
@@ -104,6 +122,7 @@ class SqlGroups:
             # Made, or made anew, since this process last looked: so may its changelog be.
             self.log.catalog.forget(changelog_of(name))
             self._ids[name] = row.group_id
+        self._looked_at[name] = time.monotonic()
         return row
 
     def _rows_of(self, connection: Connection, query: sa.Select[Any], group: str) -> Sequence[sa.Row[Any]]:
@@ -148,6 +167,7 @@ class SqlGroups:
                 "topics": encode_json(spec.topics).decode(),
                 "tasks": tasks,
                 "stateful": spec.stateful,
+                "code_version": spec.code_version,
                 "created_micros": now,
             }
             group_id = new_id(connection.execute(sa.insert(_groups).values(values)))
@@ -195,19 +215,7 @@ class SqlGroups:
             group_id, stateful = row.group_id, bool(row.stateful)
             busy = self._holder_of(connection, name, group_id)
             if busy is None:
-                for table in (
-                    _positions,
-                    _tasks,
-                    _members,
-                    _intents,
-                    schema.deadlines,
-                    schema.snapshots,
-                    schema.dead_letters,
-                    schema.outputs,
-                    schema.readers,
-                    schema.requests,
-                    _groups,
-                ):
+                for table in self.tables_of_groups:
                     connection.execute(sa.delete(table).where(table.c.group_id == group_id))
                 if stateful:
                     self.log.catalog.delete_in(connection, changelog_of(name))
@@ -374,5 +382,6 @@ def _group_info(row: Any) -> GroupInfo:
         topics=tuple(msgspec.json.decode(row.topics)),
         tasks=row.tasks,
         stateful=bool(row.stateful),
+        code_version=row.code_version,
         created_micros=row.created_micros,
     )

@@ -111,6 +111,7 @@ groups = Table(
     Column("topics", Text, nullable=False),
     Column("tasks", Integer, nullable=False),
     Column("stateful", Boolean, nullable=False),
+    Column("code_version", Text),
     Column("created_micros", BigInteger, nullable=False),
     sqlite_autoincrement=True,
 )
