@@ -203,8 +203,8 @@ class Coordinator(Protocol):
     def swap(self, live: Lease, follower: Lease, *, becomes: str) -> None:
         """Give the name of the ``live`` group to the ``follower``, and ``becomes`` to the former: at once, or not.
 
-        Changelogs are renamed with them, open batches are void, outputs and their readers change over, all epochs are raised, and nobody holds
-        a task of either any more. A third group that was called ``becomes`` is deleted.
+        Changelogs are renamed with them, open batches are void, outputs and their readers change over, all epochs are
+        raised, and nobody holds a task of either any more. A third group that was called ``becomes`` is deleted.
 
         Raises:
             FencedError: a lease was lost; nothing changed.
