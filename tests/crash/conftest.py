@@ -26,10 +26,10 @@ def wait_for(condition: Callable[[], bool], what: str, *, patience_s: float = PA
 
 
 class Arena:
-    """Starts processes of `tests.crash.world` on one folder, and makes sure that none survives the test."""
+    """Starts processes of one of the worlds on one folder, and makes sure that none survives the test."""
 
-    def __init__(self, folder: Path, context: ForkServerContext) -> None:
-        self.folder, self.context = folder, context
+    def __init__(self, folder: Path, context: ForkServerContext, open_books: Callable[[Path], Books] = Books) -> None:
+        self.folder, self.context, self.open_books = folder, context, open_books
         self.processes: list[ForkServerProcess] = []
         self._books: Books | None = None
 
@@ -42,7 +42,7 @@ class Arena:
     @property
     def books(self) -> Books:
         if self._books is None:
-            self._books = Books(self.folder)
+            self._books = self.open_books(self.folder)
         return self._books
 
     def settle(self) -> None:
@@ -70,7 +70,7 @@ class Arena:
 @pytest.fixture(scope="session")
 def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.crash.world"])
+    context.set_forkserver_preload(["tests.crash.world", "tests.crash.joined_world"])
     with pytest.MonkeyPatch.context() as patch:
         # Measuring coverage would slow the victims, and a killed process reports none.
         for name in [name for name in os.environ if name.startswith("COVERAGE_")]:

@@ -204,9 +204,11 @@ def is_whole(path: Path) -> bool:
 
 def read_state(path: Path, *, immutable: bool = False) -> tuple[int, RawState]:
     """The changelog offset of a state file, and its keys and values, whose checksums are checked."""
-    options = "mode=ro&immutable=1" if immutable else "mode=ro"
+    options = "mode=ro&immutable=1" if immutable else "mode=rw"  # which lets SQLite undo what a death left half done
     with closing(sqlite3.connect(f"file:{path}?{options}", uri=True, timeout=30)) as db:
         db.execute("BEGIN")
+        if not immutable and db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+            return 0, {}  # its maker died before the first commit
         ((offset,),) = db.execute("SELECT changelog_offset FROM lineage")
         rows = db.execute("SELECT key, value FROM kv").fetchall()
     state = {}

@@ -4,6 +4,9 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -69,7 +72,7 @@ def test_a_zombie_does_no_harm(arena: Arena, seed: random.Random, point: str) ->
 @pytest.mark.parametrize(("first", "second"), [("run", "work"), ("work", "run")])
 def test_open_batches_change_hands_between_modes(arena: Arena, seed: random.Random, first: str, second: str) -> None:
     acknowledged = publish_some(arena, seed, 40)
-    roles = {"run": world.run, "work": world.work}
+    roles: dict[str, Callable[..., None]] = {"run": world.run, "work": world.work}
     victims = [arena.start(roles[first], ["files"], point="4.handling", hit=seed.randint(1, 2)) for _ in range(2)]
     wait_for(lambda: all(victim.exitcode is not None for victim in victims), "both to die while handling")
     assert arena.books.open_intents()
@@ -80,11 +83,15 @@ def test_open_batches_change_hands_between_modes(arena: Arena, seed: random.Rand
     check(arena.books, acknowledged)
 
 
+def _is_at_work(signs: Path, process: ForkServerProcess) -> bool:
+    return signs.exists() or not process.is_alive()
+
+
 def random_kills(arena: Arena, seed: random.Random, kills: int) -> None:
     """Publisher, workers and runners under load; ``kills`` of them die at random moments and are started anew."""
     world.open_world(str(arena.folder)).close()
     salt, total = seed.randrange(1 << 30), kills * 6
-    roles = [
+    roles: list[tuple[Callable[..., None], tuple[object, ...]]] = [
         (world.publish, (total, salt)),
         (world.work, (["counts", "relay"],)),
         (world.work, (["relay", "counts", "files"],)),
@@ -96,7 +103,7 @@ def random_kills(arena: Arena, seed: random.Random, kills: int) -> None:
         victim = seed.randrange(len(roles))
         process = alive[victim]
         signs = arena.folder / f"alive-{process.pid}"
-        wait_for(lambda signs=signs, process=process: signs.exists() or not process.is_alive(), "the victim to work")
+        wait_for(partial(_is_at_work, signs, process), "the victim to work")
         # The pause is the experiment: where in its work the victim is when it dies.
         time.sleep(seed.uniform(0.0, 0.16))
         process.kill()

@@ -119,7 +119,8 @@ def _stop_at(point: str) -> None:
     crash_points.set_hook(hook)
 
 
-def _arm(point: str | None, hit: int, how: str) -> None:
+def arm(point: str | None, hit: int, how: str) -> None:
+    """Have this process killed, or stopped, when it comes to a point of the protocol."""
     if point is None:
         return
     if how == "stop":
@@ -128,29 +129,29 @@ def _arm(point: str | None, hit: int, how: str) -> None:
         kill_at(point, hit=hit)  # type: ignore[arg-type]
 
 
-def _announce(folder: str) -> None:
+def announce(folder: str) -> None:
     """Tell the test that this process is about to do its work."""
     (Path(folder) / f"alive-{os.getpid()}").touch()
 
 
 def work(folder: str, names: list[str], point: str | None = None, hit: int = 1, how: str = "kill") -> None:
     """A worker process."""
-    _arm(point, hit, how)
+    arm(point, hit, how)
     with open_world(folder) as stream:
         worker = djp.Worker(
             stream, [CONSUMERS[name] for name in names], lease=LEASE_S, state_folder=Path(folder) / "state"
         )
-        _announce(folder)
+        announce(folder)
         worker.run(until_stopped(folder))
 
 
 def run(folder: str, names: list[str], point: str | None = None, hit: int = 1, how: str = "kill") -> None:
     """A process that runs what is pending, again and again."""
-    _arm(point, hit, how)
+    arm(point, hit, how)
     with open_world(folder) as stream:
         local = until_stopped(folder)
         watcher = stream.log.watch()
-        _announce(folder)
+        announce(folder)
         while not local.is_set():
             for name in names:
                 try:
@@ -166,7 +167,7 @@ def publish(folder: str, total: int, seed: int) -> None:
     """A named producer that goes on where the stream says its predecessor got to."""
     with open_world(folder) as stream:
         producer = stream.producer("shop")
-        _announce(folder)
+        announce(folder)
         while producer.last_sequence < total:
             number = producer.last_sequence + 1
             producer.publish("orders", orders_of(number, seed), sequence=number)
