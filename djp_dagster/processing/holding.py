@@ -84,6 +84,10 @@ class Holding:
         intent = self._cut(tasks, bound, reason, until)
         if intent is None:
             return None
+        return self._begin(intent)
+
+    def _begin(self, intent: Intent) -> BatchReport | None:
+        """Write the intent of a new batch down, and do it."""
         self._processor.begin(self.lease, intent)
         reach("2.intent")
         return self._do(intent, resumed=False)
@@ -175,8 +179,7 @@ class Holding:
                 dead_letters=(letter.id,),
                 requests=(request.id,) if letter is letters[-1] else (),
             )
-            self._processor.begin(self.lease, intent)
-            report = self._do(intent, resumed=False)
+            report = self._begin(intent)
             if report is not None:
                 reports.append(report)
         if not letters:
@@ -207,8 +210,7 @@ class Holding:
             command=command,
             requests=requests,
         )
-        self._processor.begin(self.lease, intent)
-        report = self._do(intent, resumed=False)
+        report = self._begin(intent)
         return [] if report is None else [report]
 
     def _require_history(self, positions: Positions) -> None:
