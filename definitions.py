@@ -5,7 +5,9 @@ Read it top to bottom.
 the start (the library's are off until somebody turns them on).
 """
 
+import os
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from urllib.parse import urlsplit
 
 import dagster as dg
@@ -14,9 +16,12 @@ import pandas as pd
 import djp_dagster as djp
 from demo import access_logs
 from demo.catalog import facts, renditions, thumbnails
+from demo.mailers import compared
 from demo.media import measure
 from demo.outbox import Mail, deliver
 from demo.prices import prices
+
+USER_SERVICE = os.environ.get("USER_SERVICE_URL", "http://127.0.0.1:8750")
 
 # 1. Topics: what happens in the shop. A topic is split into partitions by a key; order holds per key.
 
@@ -62,6 +67,19 @@ def recommend(click: djp.Record, batch: djp.Batch) -> None:
     batch.state.set(
         user_id, {"views": views, "clicks": [click.id, *seen["clicks"]][:30], "products": [product_id, *others][:5]}
     )
+
+
+#    Kappa: the dashboard reads the same clicks, by the day: a partition is the handler on what happened in that day.
+
+
+@djp.consumer(topic=clicks)
+def dashboard(batch: djp.Batch) -> pd.DataFrame:
+    """How often each product was looked at."""
+    views: dict[str, int] = {}
+    for click in batch:
+        if "product_id" in click.data:
+            views[click.data["product_id"]] = views.get(click.data["product_id"], 0) + 1
+    return pd.DataFrame(sorted(views.items()), columns=["product_id", "views"])
 
 
 @djp.consumer(topic=orders, emits=[fraud_alerts], max_batch=djp.Threshold(events=500))
@@ -171,14 +189,35 @@ def send_receipts(batch: djp.Batch) -> None:
     batch.gauge("address_staleness_seconds", round(emails.staleness_s, 3))
 
 
+#    Stateless worker: the same question, asked of a service when it comes up: never out of date, and never alone.
+
+
+@djp.consumer(topic=orders)
+def send_confirmations(batch: djp.Batch, users: djp.HttpLookup) -> None:
+    """A confirmation for each order, into the outbox, to the address that the user service knows."""
+    found = users.get_many(order.data["user_id"] for order in batch)  # each user once, a hundred in a call
+    mails = [
+        Mail(found[order.data["user_id"]]["email"], f"order {order.id}", "We have your order.")
+        for order in batch
+        if found.get(order.data["user_id"], {}).get("email")
+    ]
+    deliver(f"{batch.id}-confirmed", mails)
+    batch.count("mails", len(mails))
+
+
 # 3. Assets: the topics, and the consumers between them. Materialize handles what is pending for a consumer.
 
-shop = (recommend, fraud, order_files, describe_media, send_receipts)
+shop = (recommend, fraud, order_files, describe_media, send_receipts, send_confirmations)
 everybody = (*shop, *catalog.consumers, user_emails)
 topics = djp.build_topic_assets(*shop, user_emails, group_name="shop")
 consumers = [djp.build_stream_asset(consumer, group_name="shop") for consumer in shop]
 addresses = djp.build_table_asset(user_emails, group_name="shop")  # Materialize makes it anew
 catalog_assets = djp.build_event_dag_assets(catalog, group_name="catalog")
+daily_dashboard = djp.build_replay_asset(
+    dashboard,
+    partitions_def=dg.DailyPartitionsDefinition(f"{datetime.now(timezone.utc):%Y-%m-%d}", end_offset=1),
+    group_name="shop",
+)
 
 
 @dg.asset(group_name="shop", automation_condition=dg.AutomationCondition.eager())
@@ -187,6 +226,13 @@ def revenue(order_files: djp.BatchOutputs[pd.DataFrame]) -> dg.MaterializeResult
     new = [output.load()["amount"].sum() for output in order_files.since(reader="revenue")]
     amount = round(float(sum(new)), 2)
     return dg.MaterializeResult(value=amount, metadata={"amount": amount, "files": len(new)})
+
+
+@dg.asset(group_name="shop", deps=["send_receipts", "send_confirmations"])
+def mailers(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+    """The two mailers side by side: how old their addresses are, what they cost, what fails with whom."""
+    sources = {"send_receipts": "its own table", "send_confirmations": "the user service"}
+    return dg.MaterializeResult(metadata={"compared": compared(context.instance, sources)})
 
 
 @dg.asset(group_name="shop")
@@ -292,11 +338,12 @@ sales = djp.map_reduce_asset(
 
 
 checks = [
-    djp.build_stream_checks(recommend, max_lag_age="1min", worker=True),
+    djp.build_stream_checks(recommend, max_lag_age="1min", worker=True, rebuilt=True),
     djp.build_stream_checks(fraud, max_lag_age="1min"),
     djp.build_stream_checks(order_files, max_lag_age="5min"),
     djp.build_stream_checks(describe_media, max_lag_age="1min"),
     djp.build_stream_checks(send_receipts, max_lag_age="1min"),
+    djp.build_stream_checks(send_confirmations, max_lag_age="1min"),
     djp.build_stream_checks(create_product, max_lag_age="1min", worker=True),
     djp.build_stream_checks(user_emails, fresh_within="10s", worker=True),
 ]
@@ -316,6 +363,7 @@ catalog_worker = djp.build_worker_sensor([*catalog.consumers, user_emails], name
 fraud_sensor = djp.build_stream_sensor(fraud, default_status=on)
 media_sensor = djp.build_stream_sensor(describe_media, default_status=on)
 receipts_sensor = djp.build_stream_sensor(send_receipts, default_status=on)
+confirmations_sensor = djp.build_stream_sensor(send_confirmations, default_status=on)
 
 #    Batching: a run as soon as enough has piled up, or what there is has waited for long enough; and by the clock.
 order_files_sensor = djp.build_batch_sensor(
@@ -324,6 +372,10 @@ order_files_sensor = djp.build_batch_sensor(
 order_files_schedule = djp.build_batch_schedule(
     order_files, cron_schedule="*/5 * * * *", default_status=dg.DefaultScheduleStatus.RUNNING
 )
+
+#    Replay: each day once it is over, and again if clicks of it come late. A backfill does the same.
+dashboard_schedule = djp.build_replay_schedule(daily_dashboard, default_status=dg.DefaultScheduleStatus.RUNNING)
+dashboard_sensor = djp.build_replay_sensor(daily_dashboard, default_status=on)
 
 
 # 5. All of it.
@@ -334,7 +386,8 @@ defs = dg.Definitions(
         *consumers,
         addresses,
         *catalog_assets,
-        *(revenue, price_history, cheapest_hours, users_by_provider),
+        daily_dashboard,
+        *(revenue, price_history, cheapest_hours, users_by_provider, mailers),
         *(web_logs, page_views, referrers, visits, sales),
     ],
     asset_checks=checks,
@@ -342,6 +395,7 @@ defs = dg.Definitions(
         djp.build_publish_job(orders, clicks, user_updates, submissions),
         djp.build_redrive_job(*everybody),
         djp.build_seek_job(*everybody),
+        djp.build_rebuild_job(recommend),  # changed the rule? Rebuild beside the live one, compare, promote
         djp.build_trace_job(catalog),  # where a product is, and how long each step took
         djp.build_buffer_job(create_product),  # what waits for other parts
         djp.build_claim_gc_job(),  # a dry run unless told: payloads that nothing refers to any more
@@ -352,12 +406,15 @@ defs = dg.Definitions(
         fraud_sensor,
         media_sensor,
         receipts_sensor,
+        confirmations_sensor,
+        dashboard_sensor,
         order_files_sensor,
         djp.build_check_sensor(*checks, default_status=on),
         dg.AutomationConditionSensorDefinition("revenue_automation", target="revenue", default_status=on),
     ],
-    schedules=[order_files_schedule],
+    schedules=[order_files_schedule, dashboard_schedule],
     resources={
+        "users": djp.HttpLookup(base_url=USER_SERVICE, path="/users/{key}", bulk_path="/users"),
         "event_stream": djp.SqlEventStream(),  # a SQLite file under DAGSTER_HOME, unless told otherwise
         "io_manager": djp.ClaimCheckIOManager(),  # a folder there, or the bucket DJP_S3_BUCKET
     },

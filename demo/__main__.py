@@ -36,6 +36,14 @@ TOUR = """
   7. {url}/assets/page_views
      MapReduce: materialize web_logs, then this: access logs counted by page; referrers and visits likewise. Damaged
      lines are kept aside, and shown. {url}/assets/sales adds up the orders in the stream.
+  8. {url}/assets/create_product
+     A product's text, video and images are worked on apart; this joins them. One video in twenty cannot be played: its
+     product waits, then expires. {url}/locations/shop/jobs/trace_job/playground tells where one is (s2, s4, ...).
+  9. {url}/assets/mailers
+     Materialize it: addresses from an own table (fast, a little old) and from a service (current, and it can fail).
+ 10. {url}/assets/dashboard_replay
+     The clicks by the day: materialize today's partition; a backfill is a replay. {url}/locations/shop/jobs/rebuild_job
+     rebuilds the state of recommend beside the live one, compares, and promotes it.
 """
 
 

@@ -22,6 +22,7 @@ from definitions import (
     product_uploads,
     products,
     recommend,
+    send_confirmations,
     send_receipts,
     submissions,
     suggestions,
@@ -33,7 +34,16 @@ from djp_dagster import Claim, Consumer, EventStream, Record, Topic, TopicPartit
 from djp_dagster.errors import PayloadError
 from djp_dagster.joining.inspection import EventBuffer
 
-CONSUMERS = (recommend, fraud, order_files, describe_media, *catalog.in_order(), user_emails, send_receipts)
+CONSUMERS = (
+    recommend,
+    fraud,
+    order_files,
+    describe_media,
+    *catalog.in_order(),
+    user_emails,
+    send_receipts,
+    send_confirmations,
+)
 ABSURD_AMOUNT = 10_000
 
 

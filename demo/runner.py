@@ -1,4 +1,4 @@
-"""`Shop`: user interface, daemon and traffic as processes, started, watched and stopped together.
+"""`Shop`: user interface, daemon, user service and traffic as processes, started, watched and stopped together.
 
 Stopping goes from the outside in: the traffic; the daemon, so that no new run is launched; the runs under way, which
 are asked to stop, so that a resident worker finishes its batch; the user interface. What is left of any process group
@@ -24,7 +24,7 @@ from demo.processes import Child, wait_until
 from demo.traffic import Settings, as_options
 from demo.ui import Ui, UiAwayError
 
-_FIRST_PORT, _PORTS = 3000, 100
+_FIRST_PORT, _FIRST_SERVICE_PORT, _PORTS = 3000, 8750, 100
 _START_S = 180.0
 _SENSORS_S = 60.0
 _STOP_S = 20.0
@@ -62,8 +62,9 @@ class Shop:
 
     def __init__(self, home: Home, traffic: Settings, port: int | None, wish: Wish) -> None:
         self._home, self._settings, self._wish = home, traffic, wish
-        self._port = port or _free_port()
+        self._port = port or _free_port(_FIRST_PORT)
         self.ui = Ui(f"http://127.0.0.1:{self._port}")
+        self._service_port = _free_port(_FIRST_SERVICE_PORT)
         self._children: dict[str, Child] = {}
 
     def __enter__(self) -> "Shop":
@@ -86,6 +87,7 @@ class Shop:
         began = time.time()
         workspace = ["-w", str(REPOSITORY / "workspace.yaml")]
         self._start("webserver", [_script("dagster-webserver"), *workspace, "-h", "127.0.0.1", "-p", str(self._port)])
+        self._start("users", [sys.executable, "-m", "demo.user_service", "--port", str(self._service_port)])
         self._start("daemon", [_script("dagster-daemon"), "run", *workspace])
         self._start("traffic", [sys.executable, "-m", "demo.traffic", *as_options(self._settings)])
         pids = ", ".join(f"{child.pid} ({name})" for name, child in self._children.items())
@@ -106,7 +108,10 @@ class Shop:
         self._children[name] = Child(
             name,
             command,
-            environment=self._home.environment(),
+            environment={
+                **self._home.environment(),
+                "USER_SERVICE_URL": f"http://127.0.0.1:{self._service_port}",
+            },
             folder=REPOSITORY,
             log=self._home.logs / f"{name}.log",
             inherits=self._home.lock,
@@ -154,10 +159,14 @@ class Shop:
             wait_until(lambda: daemon.exit_code() is not None or self._wish.urgent, _STOP_S)
             self._stop_runs(daemon)
             self._ended(daemon, _STOP_S if daemon.exit_code() == 0 else _KILL_S)  # its code server leaves by itself
+        users = self._children.get("users")
+        if users is not None:  # after the runs that ask it
+            users.send(signal.SIGTERM)
+            self._ended(users, _STOP_S)
         if webserver is not None:
             webserver.send(signal.SIGTERM)
             self._ended(webserver, _STOP_S)
-        self._kill([child for child in (daemon, webserver) if child is not None])
+        self._kill([child for child in (daemon, users, webserver) if child is not None])
         self._children.clear()
 
     def _stop_runs(self, daemon: Child) -> None:
@@ -193,8 +202,8 @@ def _script(name: str) -> str:
     return found
 
 
-def _free_port() -> int:
-    for port in range(_FIRST_PORT, _FIRST_PORT + _PORTS):
+def _free_port(first: int) -> int:
+    for port in range(first, first + _PORTS):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -202,4 +211,4 @@ def _free_port() -> int:
             except OSError:
                 continue
             return port
-    raise DemoError(f"no port from {_FIRST_PORT} to {_FIRST_PORT + _PORTS - 1} is free; give one with --port")
+    raise DemoError(f"no port from {first} to {first + _PORTS - 1} is free; give one with --port")

@@ -1,7 +1,8 @@
 """The books balance when everything was handled once, and say so when it was not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,13 @@ def stream(tmp_path: Path) -> Iterator[djp.EventStream]:
         yield stream
 
 
+class Users(djp.LookupResource):
+    """Everybody has an address."""
+
+    def fetch_many(self, keys: Sequence[Any]) -> dict[Any, Any]:
+        return {key: {"id": key, "email": f"{key}@example.com"} for key in keys}
+
+
 def publish(stream: djp.EventStream, chunks: int) -> None:
     publisher = Publisher(stream, TRAFFIC)
     for _ in range(chunks):
@@ -41,7 +49,8 @@ def publish(stream: djp.EventStream, chunks: int) -> None:
 
 def handle(stream: djp.EventStream, tmp_path: Path, *consumers: djp.Consumer) -> None:
     for consumer in consumers or CONSUMERS:
-        djp.run_pending(stream, consumer, state_folder=tmp_path / "state")
+        resources = {"users": Users()} if consumer.resource_names else {}
+        djp.run_pending(stream, consumer, resources=resources, state_folder=tmp_path / "state")
 
 
 def test_they_balance(stream: djp.EventStream, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_revenue_adds_up_each_file_once(tmp_path: Path) -> None:
             done = dg.materialize(
                 [*(asset for asset in defs.assets if isinstance(asset, dg.AssetsDefinition))],
                 selection="revenue",
-                resources={"event_stream": event_stream},
+                resources={"event_stream": event_stream, "users": djp.HttpLookup(base_url="http://127.0.0.1:1")},
                 instance=instance,
             )
             amounts.append(done.output_for_node("revenue"))
