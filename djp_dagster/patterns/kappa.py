@@ -9,6 +9,7 @@ them as stale.
 State belongs to the whole of a stream: a stateful consumer is rebuilt beside the live one, and promoted.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -21,8 +22,9 @@ from djp_dagster.errors import InvalidSettingError
 from djp_dagster.orchestration.replays import (
     ReplayConfig,
     Replayed,
-    decode_ends,
-    encode_ends,
+    decode_seen,
+    digest,
+    encode_seen,
     find_stale,
     mark_stale,
     remember,
@@ -31,19 +33,21 @@ from djp_dagster.orchestration.replays import (
     version_of,
     window_metadata,
 )
-from djp_dagster.orchestration.step import stream_of
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key, identifier, topic_key
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.replaying.plan import TimeOf, plan_ranges, plan_window
-from djp_dagster.replaying.replay import replay
+from djp_dagster.replaying.plan import ReplayPlan, TimeOf, parse_place, plan_ranges, plan_window
+from djp_dagster.replaying.replay import replay, require_replayable
 from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.model import Range
+from djp_dagster.streams.stream import EventStream
 from djp_dagster.streams.topics import Topic
 from djp_dagster.units import Duration, parse_seconds
 
+_NUMBER = re.compile("-?[0-9]+")
+
 
 class ReplayOpConfig(dg.Config):
-    """Which records an op replays: offsets, or a window of time; of them only some keys or ids."""
+    """Which records an op replays: offsets, or a window of time, or all; of them only some keys or ids."""
 
     ranges: dict[str, list[int]] = Field(
         default={}, description='Offsets by partition, from and to (not included): {"clicks:0": [0, 1200]}.'
@@ -51,7 +55,7 @@ class ReplayOpConfig(dg.Config):
     start: str | None = Field(default=None, description="Or a window of time, from this moment on, with a zone.")
     end: str | None = Field(default=None, description="To this moment, not included.")
     by: str = Field(default="event_time", description="event_time or append_time.")
-    keys: list[str] = Field(default=[], description="Only records of these keys.")
+    keys: list[str] = Field(default=[], description="Only records of these keys; 42 is also the number.")
     ids: list[str] = Field(default=[], description="Only events of these ids.")
     max_events_per_second: float | None = Field(default=None, description="So that live consumers stay quick.")
 
@@ -75,7 +79,10 @@ def build_replay_asset(
     """The consumer's replay as an asset, partitioned by time: the same handler, on what happened in each window.
 
     A partition is one batch, read piece by piece, in bounded memory; what the handler returns is the asset's value.
-    Windows may be hours to months, in any time zone. A window that retention has begun to remove fails at once.
+    Windows may be hours to months, in any time zone. A window that retention has begun to remove fails at once. A
+    window without events is materialized without a value, and the handler is not called; a handler that returns
+    nothing for others fails, unless it emits to shadow topics.
+
     Materialized with it is ``<name>_window``, which stands for the records: how many, and as of which offsets; the run
     config ``as_of`` reproduces a replay exactly.
 
@@ -84,7 +91,7 @@ def build_replay_asset(
         partitions_def: the windows.
         by: ``"event_time"``, when events say they happened; or ``"append_time"``, when they came.
         lateness: how long after its end a window is left to be completed, by `build_replay_schedule`. Events that come
-            after a partition was made mark it stale, by `build_replay_sensor`.
+            after a partition was made, closed or not, mark it stale, by `build_replay_sensor`.
         emit_to: shadow topics, each for a topic the consumer emits to; it then has no value. Other emits are dropped.
         max_events_per_second: so that a replay does not keep live consumers from the disk.
         name: of the asset; ``<consumer>_replay`` unless given.
@@ -96,7 +103,7 @@ def build_replay_asset(
         io_manager_key: what stores the value; ``io_manager`` unless given.
 
     Raises:
-        InvalidSettingError: the consumer keeps state, or the windows are none of time.
+        InvalidSettingError: the consumer keeps state, or can only emit, and nowhere; or the windows are none of time.
 
     Example:
         >>> import djp_dagster as djp
@@ -107,12 +114,13 @@ def build_replay_asset(
         >>> sorted(key.to_user_string() for key in daily.keys)
         ['dashboard_replay', 'dashboard_replay_window']
     """
-    if consumer.stateful:
+    require_replayable(consumer, emit_to or {})
+    if consumer.isolate == "per_event" and emit_to is None:
         raise InvalidSettingError(
-            f"consumer {consumer.group!r} keeps state, which belongs to the whole of its stream; rebuild it instead: "
-            "build_rebuild_job",
-            setting="consumer",
-            value=consumer.group,
+            f"{consumer.group!r} handles events one by one, and returns nothing; its replay can only emit: "
+            "build_replay_asset(emit_to={topic: shadow})",
+            setting="emit_to",
+            value=None,
         )
     if not isinstance(partitions_def, dg.TimeWindowPartitionsDefinition):
         raise InvalidSettingError(
@@ -124,6 +132,8 @@ def build_replay_asset(
     window_key = dg.AssetKey([*key.path[:-1], f"{key.path[-1]}_window"])
     replayed = Replayed(consumer, key, window_key, partitions_def, by, parse_seconds(lateness, name="lateness"))
     nothing: dict[str, Any] = {} if emit_to is None else {"dagster_type": dg.Nothing}
+    topics = {topic_key(topic) for topic in consumer.topics}
+    tables = {consumer_key(table) for table in consumer.tables}
     common: dict[str, Any] = {"owners": owners, "tags": tags}
     outs = {
         "window": dg.AssetOut(
@@ -149,11 +159,8 @@ def build_replay_asset(
     @dg.multi_asset(
         name=key.to_python_identifier(),
         outs=outs,
-        deps=[
-            *(topic_key(topic) for topic in consumer.topics),
-            *(consumer_key(table) for table in consumer.tables),
-        ],
-        internal_asset_deps={"window": {topic_key(topic) for topic in consumer.topics}, "value": {window_key}},
+        deps=sorted(topics | tables),
+        internal_asset_deps={"window": topics, "value": {window_key} | tables},
         partitions_def=partitions_def,
         required_resource_keys={STREAM_KEY, *consumer.resource_names},
         group_name=group_name,
@@ -161,8 +168,7 @@ def build_replay_asset(
     def replay_window(context: dg.AssetExecutionContext, config: ReplayConfig) -> Iterator[dg.MaterializeResult[Any]]:
         resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
         stream = resource.open()
-        for topic in consumer.topics:
-            stream.create_topic(topic)
+        _create_topics(stream, consumer)
         window = context.partition_time_window
         plan = plan_window(stream.log, replayed.topics, window.start, window.end, by=by, as_of=config.ends())
         done = replay(
@@ -171,20 +177,23 @@ def build_replay_asset(
             plan,
             emit_to=emit_to,
             resources={one: getattr(context.resources, one) for one in consumer.resource_names},
-            max_events_per_second=config.max_events_per_second or max_events_per_second,
+            max_events_per_second=(
+                max_events_per_second if config.max_events_per_second is None else config.max_events_per_second
+            ),
             state_folder=resource.state_path(),
         )
-        if done.value is None and emit_to is None:
+        if done.value is None and done.events and emit_to is None:
             raise InvalidSettingError(
-                f"the handler of {consumer.group!r} returns nothing, and its replay emits nowhere: return a value, or "
-                "name a shadow topic: build_replay_asset(emit_to={topic: shadow})",
+                f"the handler of {consumer.group!r} returned nothing for {done.events} events, and its replay emits "
+                "nowhere: return a value, or name a shadow topic: build_replay_asset(emit_to={topic: shadow})",
                 setting="emit_to",
                 value=None,
             )
         yield dg.MaterializeResult(
             asset_key=window_key, data_version=version_of(plan, done.events), metadata=window_metadata(plan, done)
         )
-        value = {} if emit_to is not None else {"value": done.value}
+        # Of a window without events there is nothing to store; not every IO manager can store None.
+        value = {} if emit_to is not None or not done.events else {"value": done.value}
         yield dg.MaterializeResult(asset_key=key, metadata=value_metadata(done), **value)
 
     remember(replay_window, replayed)
@@ -200,6 +209,8 @@ def build_replay_schedule(
     default_status: dg.DefaultScheduleStatus = dg.DefaultScheduleStatus.STOPPED,
 ) -> dg.ScheduleDefinition:
     """A schedule that replays each window once it is closed: ended, and its lateness passed.
+
+    A window that was made before is replayed again then. One whose run fails is not asked for again.
 
     Args:
         asset: made by `build_replay_asset`.
@@ -223,9 +234,7 @@ def build_replay_schedule(
         description=f"Replays each window of {replayed.consumer.group} once it is closed.",
     )
     def replay_schedule(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
-        now = context.scheduled_execution_time
-        made = context.instance.get_materialized_partitions(replayed.key)
-        due = [partition for partition in replayed.due(now, most) if partition not in made]
+        due = replayed.due(context.instance, context.scheduled_execution_time, most)
         if not due:
             return dg.SkipReason("every window that is closed has been replayed")
         return [dg.RunRequest(run_key=f"{replayed.key.to_user_string()}/{one}", partition_key=one) for one in due]
@@ -242,6 +251,9 @@ def build_replay_sensor(
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
 ) -> dg.SensorDefinition:
     """A sensor that marks partitions stale for which events have come late, and replays them.
+
+    Windows that were made before they were closed are only marked: `build_replay_schedule` replays them once they are.
+    What happened so long ago that its window was never made is nobody's.
 
     Args:
         asset: made by `build_replay_asset`, by event time.
@@ -266,22 +278,21 @@ def build_replay_sensor(
         context: dg.SensorEvaluationContext, event_stream: SqlEventStream
     ) -> dg.SensorResult | dg.SkipReason:
         stream = event_stream.open()
-        for topic in replayed.consumer.topics:
-            stream.create_topic(topic)
-        since = decode_ends(context.cursor)
-        if not since:
-            since = {at: span.begin for at, span in stream.log.spans(replayed.topics).items()}
-        now = datetime.now(timezone.utc)
-        stale, ends = find_stale(context.instance, stream, replayed, since, now)
-        cursor = encode_ends(ends or since)
+        _create_topics(stream, replayed.consumer)
+        seen = decode_seen(context.cursor)
+        stale, seen = find_stale(context.instance, stream, replayed, seen, datetime.now(timezone.utc))
         if not stale:
-            context.update_cursor(cursor)
+            context.update_cursor(encode_seen(seen))
             return dg.SkipReason("no event has come late")
-        requests = [dg.RunRequest(run_key=f"{one.partition}/{cursor}", partition_key=one.partition) for one in stale]
+        requests = [
+            dg.RunRequest(run_key=f"{one.partition}/{digest(seen)}", partition_key=one.partition)
+            for one in stale
+            if replay_stale and one.is_closed
+        ]
         return dg.SensorResult(
-            run_requests=requests if replay_stale else [],
-            asset_events=list(mark_stale(replayed, stale, ends)),
-            cursor=cursor,
+            run_requests=requests,
+            asset_events=list(mark_stale(replayed, stale, seen)),
+            cursor=encode_seen(seen),
         )
 
     return replay_sensor
@@ -311,7 +322,11 @@ def replay_op(
         consumer: whose handler; without state.
         emit_to: shadow topics; what is emitted to others is dropped.
         name: of the op; ``replay_<consumer>`` unless given.
+
+    Raises:
+        InvalidSettingError: the consumer keeps state, or a shadow topic does not fit.
     """
+    require_replayable(consumer, emit_to or {})
 
     @dg.op(
         name=name or f"replay_{identifier(consumer.group)}",
@@ -320,7 +335,9 @@ def replay_op(
         code_version=consumer.code_version,
     )
     def replay_some(context: dg.OpExecutionContext, config: ReplayOpConfig) -> Any:
-        stream = stream_of(context.resources)
+        resource: SqlEventStream = getattr(context.resources, STREAM_KEY)
+        stream = resource.open()
+        _create_topics(stream, consumer)
         plan = _plan_of(stream, consumer, config)
         done = replay(
             stream,
@@ -329,6 +346,7 @@ def replay_op(
             emit_to=emit_to,
             resources={one: getattr(context.resources, one) for one in consumer.resource_names},
             max_events_per_second=config.max_events_per_second,
+            state_folder=resource.state_path(),
         )
         context.add_output_metadata({**value_metadata(done), "as_of": window_metadata(plan, done)["as_of"]})
         return done.value
@@ -336,26 +354,45 @@ def replay_op(
     return replay_some
 
 
-def _plan_of(stream: Any, consumer: Consumer, config: ReplayOpConfig) -> Any:
+def _create_topics(stream: EventStream, consumer: Consumer) -> None:
+    for topic in consumer.topics:
+        stream.create_topic(topic)
+
+
+def _plan_of(stream: EventStream, consumer: Consumer, config: ReplayOpConfig) -> ReplayPlan:
     topics = [topic.name for topic in consumer.topics]
-    keys, ids = config.keys or None, config.ids or None
-    if config.start is not None and config.end is not None:
-        moments = [datetime.fromisoformat(text) for text in (config.start, config.end)]
-        if config.by not in ("event_time", "append_time") or any(one.tzinfo is None for one in moments):
+    keys: list[str | int] | None = [*config.keys, *map(int, filter(_NUMBER.fullmatch, config.keys))] or None
+    if config.start is None and config.end is None:
+        spans = stream.log.spans(topics)
+        ranges = [Range(at.topic, at.partition, span.begin, span.end) for at, span in sorted(spans.items())]
+        return plan_ranges(stream.log, _ranges_of(config) or ranges, keys=keys, ids=config.ids or None)
+    if config.ranges or config.start is None or config.end is None or config.by not in ("event_time", "append_time"):
+        raise InvalidSettingError(
+            f"start={config.start!r}, end={config.end!r}, by={config.by!r}, ranges={config.ranges}: give start and "
+            "end, by event_time or append_time; or ranges",
+            setting="start",
+            value=config.start,
+        )
+    by: TimeOf = "event_time" if config.by == "event_time" else "append_time"
+    found = plan_window(stream.log, topics, _moment(config.start), _moment(config.end), by=by)
+    return found.of(keys, config.ids or None)
+
+
+def _ranges_of(config: ReplayOpConfig) -> list[Range]:
+    found = []
+    for place, ends in config.ranges.items():
+        if len(ends) != 2:
             raise InvalidSettingError(
-                f"start={config.start!r}, end={config.end!r}, by={config.by!r}: give moments with a zone, and "
-                "event_time or append_time",
-                setting="start",
-                value=config.start,
+                f"ranges={{{place!r}: {ends}}} must be two offsets, from and to", setting="ranges", value=ends
             )
-        by: TimeOf = "event_time" if config.by == "event_time" else "append_time"
-        found = plan_window(stream.log, topics, moments[0], moments[1], by=by)
-        return found.of(keys, ids)
-    spans = stream.log.spans(topics)
-    ranges = [Range(at.topic, at.partition, span.begin, span.end) for at, span in sorted(spans.items())]
-    if config.ranges:
-        ranges = [
-            Range(place.rpartition(":")[0], int(place.rpartition(":")[2]), *ends)
-            for place, ends in config.ranges.items()
-        ]
-    return plan_ranges(stream.log, ranges, keys=keys, ids=ids)
+        found.append(Range(*parse_place(place, setting="ranges"), *ends))
+    return found
+
+
+def _moment(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00"))  # which Python 3.10 does not know
+    except ValueError as error:
+        raise InvalidSettingError(
+            f"{text!r} is no moment; write it like 2026-11-20T00:00+01:00", setting="start", value=text
+        ) from error

@@ -12,24 +12,24 @@ import msgspec
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.processing.batch import Batch, ByteCount, read_ranges
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.processing.effects import Effects, EmitScope
+from djp_dagster.processing.handling import _add_figures
 from djp_dagster.processing.isolation import handle_each
 from djp_dagster.replaying.plan import ReplayPlan
+from djp_dagster.replaying.shadowing import ShadowEffects
 from djp_dagster.state.view import StateView
 from djp_dagster.streams.model import Intent
 from djp_dagster.streams.records import Record, Undecodable
 from djp_dagster.streams.stream import EventStream
-from djp_dagster.streams.topics import Topic, key_of
-
-_EMITS_PER_PUBLISH = 5_000
+from djp_dagster.streams.topics import Topic
 
 
 class ReplayReport(msgspec.Struct, frozen=True):
     """What a replay did.
 
     Attributes:
-        value: what the handler returned.
-        events, bytes: that it was given, and their encoded size.
+        value: what the handler returned; None if there was no record to call it for.
+        events: that it was given.
+        bytes: the encoded size of what was read.
         emitted: to shadow topics; what was dropped is not counted.
         failed: records that an isolated handler failed on; nothing becomes of them.
         counts, gauges: as handlers make them.
@@ -56,7 +56,10 @@ def replay(
     state_folder: Path | None = None,
     stop: threading.Event | None = None,
 ) -> ReplayReport:
-    """Run the consumer's handler on the records of a plan, as one batch.
+    """Run the consumer's handler on the records of a plan, as one batch; if there are none, it is not called.
+
+    Records that it fails, or, isolated, fails on, are counted, and nothing becomes of them; more than ``max_poison`` of
+    the latter end the replay, as they would end a batch. ``on_poison="block"`` blocks nothing here.
 
     Args:
         stream: where the records are.
@@ -64,21 +67,23 @@ def replay(
         plan: which records.
         emit_to: the shadow topic of each topic it emits to; what is emitted to others is dropped.
         resources: the handler's further parameters.
-        max_events_per_second: so that live consumers do not have to wait for the disk.
+        max_events_per_second: how fast records are read, wanted or not, so that live consumers do not have to wait.
         state_folder: where replicas of tables lie.
         stop: set it to end in the middle, with `InterruptedError`.
 
     Raises:
-        InvalidSettingError: the consumer keeps state, or a shadow topic is one it reads or emits to.
+        InvalidSettingError: the consumer keeps state, a shadow topic is one it reads or emits to, or the plan is of
+            other topics.
+        SystemicFailureError: more than ``max_poison`` records failed, or are no events.
     """
-    _require_replayable(consumer, emit_to or {})
+    require_replayable(consumer, emit_to or {})
+    _require_read(consumer, plan)
     started = time.perf_counter()
     for topic in (*consumer.topics, *consumer.emits, *(emit_to or {}).values()):
         stream.create_topic(topic)
-    effects = _ReplayEffects(stream, consumer, plan, emit_to or {})
-    count = ByteCount()
-    pace = _Pace(max_events_per_second, stop or threading.Event())
-    source = _Source(stream, consumer, plan, count, pace)
+    batch_id = _batch_id(consumer, plan)
+    effects = ShadowEffects(stream, consumer, batch_id, emit_to or {})
+    source = _Source(stream, consumer, plan, _Pace(max_events_per_second, stop or threading.Event()))
     views: dict[str, StateView] = {}
 
     def view(table: Consumer) -> StateView:
@@ -87,7 +92,7 @@ def replay(
         return views[table.group]
 
     batch = _ReplayBatch(
-        Intent(_batch_id(consumer, plan), consumer.group, "cut", _tasks_of(plan), plan.ranges, "replay", 0),
+        Intent(batch_id, consumer.group, "cut", _tasks_of(plan), plan.ranges, "replay", 0),
         source=source,
         size=source.size(),
         effects=effects,
@@ -104,23 +109,44 @@ def replay(
         for opened in views.values():
             opened.close()
     seconds = time.perf_counter() - started
-    return ReplayReport(
-        value, pace.events, count.total, effects.shadowed, len(effects.failed), seconds, effects.counts, effects.gauges
-    )
+    failed, counts, gauges = len(effects.failed), effects.counts, effects.gauges
+    return ReplayReport(value, source.events, source.count.total, effects.shadowed, failed, seconds, counts, gauges)
 
 
 def _run(consumer: Consumer, batch: Batch, resources: Mapping[str, Any]) -> Any:
+    if next(batch.chunks(), None) is None:
+        return None  # no handler is ever called without records, and few are made for it
     if consumer.isolate == "batch":
-        return consumer.handle(batch, resources)
-    handle_each(consumer, batch, resources, None)
-    return None
+        value = consumer.handle(batch, resources)
+    else:
+        handle_each(consumer, batch, resources, None)
+        value = None
+    for name, resource in resources.items():
+        _add_figures(batch.effects, name, resource)
+    return value
 
 
-def _require_replayable(consumer: Consumer, emit_to: Mapping[Topic, Topic]) -> None:
+def _require_read(consumer: Consumer, plan: ReplayPlan) -> None:
+    read = sorted({topic.name for topic in consumer.topics})
+    for part in plan.ranges:
+        if part.topic not in read:
+            raise InvalidSettingError(
+                f"the plan names topic {part.topic!r}, and {consumer.group!r} reads {read}",
+                setting="plan",
+                value=part.topic,
+            )
+
+
+def require_replayable(consumer: Consumer, emit_to: Mapping[Topic, Topic]) -> None:
+    """Refuse what no replay can do.
+
+    Raises:
+        InvalidSettingError: as `replay`.
+    """
     if consumer.stateful:
         raise InvalidSettingError(
             f"consumer {consumer.group!r} keeps state, which belongs to the whole of its stream; rebuild it beside the "
-            "live one instead (djp_dagster.Rebuild, or its rebuild job)",
+            "live one instead: build_rebuild_job, or djp_dagster.follow and promote",
             setting="consumer",
             value=consumer.group,
         )
@@ -177,7 +203,7 @@ class _ReplayBatch(Batch):
 
 
 class _Pace:
-    """Counts events, and holds them up to the wanted rate."""
+    """Holds reading up to the wanted rate; what took long before does not let more pass at once later."""
 
     def __init__(self, per_second: float | None, stop: threading.Event) -> None:
         if per_second is not None and not per_second > 0:
@@ -187,20 +213,15 @@ class _Pace:
                 value=per_second,
             )
         self._per_second, self._stop = per_second, stop
-        self._began = time.monotonic()
-        self.events = self._passed = 0
-
-    def restart(self) -> None:
-        """The batch is read from its beginning."""
-        self.events = 0
+        self._free_at = 0.0
 
     def passes(self, events: int) -> None:
         """So many more; returns when they may."""
-        self.events += events
-        self._passed += events
         early_s = 0.0
         if self._per_second is not None:
-            early_s = self._began + self._passed / self._per_second - time.monotonic()
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + events / self._per_second
+            early_s = self._free_at - now
         if self._stop.wait(early_s) if early_s > 0 else self._stop.is_set():
             raise InterruptedError(
                 "the replay was told to stop; it moves no offsets, so nothing is lost: start it again"
@@ -208,100 +229,32 @@ class _Pace:
 
 
 class _Source:
-    """The records of a plan, piece by piece, as often as they are wanted."""
+    """The records of a plan, piece by piece, as often as they are wanted.
 
-    def __init__(
-        self, stream: EventStream, consumer: Consumer, plan: ReplayPlan, count: ByteCount, pace: _Pace
-    ) -> None:
-        self._stream, self._plan, self._count, self._pace = stream, plan, count, pace
+    Attributes:
+        events: how many a reader was given, at most.
+        count: of the bytes read.
+    """
+
+    def __init__(self, stream: EventStream, consumer: Consumer, plan: ReplayPlan, pace: _Pace) -> None:
+        self._stream, self._plan, self._pace = stream, plan, pace
         self._scope = f"{stream.incarnation[:12]}/{consumer.group}"
         self._keys = {topic.name: topic.key for topic in consumer.topics}
+        self.count = ByteCount()
+        self.events = 0
 
     def __call__(self) -> Iterator[tuple[list[Record], list[Undecodable]]]:
-        self._pace.restart()
-        stream, plan = self._stream, self._plan
-        pieces = read_ranges(stream.log, plan.ranges, frozenset(), self._scope, self._count, stream.claimed)
+        stream, plan, given = self._stream, self._plan, 0
+        pieces = read_ranges(stream.log, plan.ranges, frozenset(), self._scope, self.count, stream.claimed)
         for read, bad in pieces:
-            records = read if plan.is_whole else [record for record in read if self._wants(record)]
-            self._pace.passes(len(records))
+            self._pace.passes(len(read))
+            records = read if plan.is_whole else plan.pick(read, self._keys)
+            given += len(records)
+            self.events = max(self.events, given)
             yield records, bad
-
-    def _wants(self, record: Record) -> bool:
-        plan = self._plan
-        if not plan.wants(record) or (plan.ids is not None and record.id not in plan.ids):
-            return False
-        return plan.keys is None or key_of(record, self._keys.get(record.topic), record.topic) in plan.keys
 
     def size(self) -> int:
         """How many records there are; -1: reading them tells."""
         if self._plan.is_whole:
             return sum(part.end - part.start for part in self._plan.ranges)
         return -1
-
-
-class _ReplayEffects(Effects):
-    """Emits of a replay: dropped, or published to a shadow topic some thousand at a time."""
-
-    def __init__(
-        self, stream: EventStream, consumer: Consumer, plan: ReplayPlan, emit_to: Mapping[Topic, Topic]
-    ) -> None:
-        scope = EmitScope(stream.incarnation, consumer.group, _batch_id(consumer, plan))
-        super().__init__(scope, [stream.log.topic(topic.name) for topic in consumer.emits], 1 << 62)
-        self._stream, self._shadows = stream, {topic.name: shadow for topic, shadow in emit_to.items()}
-        self.shadowed = 0
-        self._held = 0
-        for emits in self._emits.values():
-            shadow = emits.topic.name in self._shadows
-            emits.causes = _Counted(self._one_more) if shadow else _Dropped()
-            emits.events = [] if shadow else _Dropped()
-        self._producer = None if not emit_to else stream.producer(f"replay-{scope.batch_id}")
-        self._sequence = 0
-
-    def _one_more(self) -> None:
-        self._held += 1
-        if self._held >= _EMITS_PER_PUBLISH:
-            self.flush()
-
-    def flush(self) -> None:
-        """Publish what is held; what an earlier try of the same replay has published is passed over."""
-        if self._producer is None or not self._held:
-            return
-        for emits in self._emits.values():
-            if emits.topic.name not in self._shadows:
-                continue
-            shadow = self._shadows[emits.topic.name].name
-            placed = [msgspec.structs.replace(batch, topic=shadow) for batch in self._encode(emits)]
-            self._sequence += 1
-            if self._sequence > self._producer.last_sequence:
-                self._producer.append(placed, sequence=self._sequence)
-            self.shadowed += len(emits.events)
-            emits.events.clear()
-            emits.causes.clear()
-        self._held = 0
-
-    def encode_emits(self) -> tuple[Any, ...]:
-        """Nothing is left to be committed."""
-        return ()
-
-
-class _Dropped(list[Any]):
-    """Takes everything, keeps nothing."""
-
-    def append(self, _: object) -> None:
-        """Nothing."""
-
-    def extend(self, _: object) -> None:
-        """Nothing."""
-
-
-class _Counted(list[Any]):
-    """Says when something is added."""
-
-    def __init__(self, told: Any) -> None:
-        super().__init__()
-        self._told = told
-
-    def append(self, cause: object) -> None:
-        """One more."""
-        super().append(cause)
-        self._told()
