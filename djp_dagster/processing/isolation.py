@@ -33,7 +33,7 @@ def handle_each(consumer: Consumer, batch: Batch, resources: Mapping[str, Any], 
 
 
 def _one_by_one(consumer: Consumer, batch: Batch, resources: Mapping[str, Any], state: TaskState | None) -> None:
-    effects = batch.effects
+    effects, poison = batch.effects, _Poison(batch)
     given = {**resources, "batch": batch} if consumer.wants_batch else resources
     for record in batch:
         mark, state_mark = effects.mark(), state.mark() if state is not None else 0
@@ -45,7 +45,7 @@ def _one_by_one(consumer: Consumer, batch: Batch, resources: Mapping[str, Any], 
             effects.undo(mark)
             if state is not None:
                 state.undo(state_mark)
-            _fail(batch, record, error)
+            poison.add(record, error)
 
 
 class _Call(NamedTuple):
@@ -56,6 +56,7 @@ class _Call(NamedTuple):
 
 def _concurrently(consumer: Consumer, batch: Batch, resources: Mapping[str, Any]) -> None:
     under_way: deque[_Call] = deque()
+    poison = _Poison(batch)
     with ThreadPoolExecutor(consumer.concurrency, thread_name_prefix=f"djp-{batch.group}") as pool:
         try:
             for record in batch:
@@ -63,33 +64,41 @@ def _concurrently(consumer: Consumer, batch: Batch, resources: Mapping[str, Any]
                 given = {**resources, "batch": scoped} if consumer.wants_batch else resources
                 under_way.append(_Call(record, scoped, pool.submit(consumer.handler, record, **given)))
                 if len(under_way) >= _AHEAD * consumer.concurrency:
-                    _settle(consumer, batch, under_way.popleft())
+                    _settle(consumer, poison, under_way.popleft())
             while under_way:
-                _settle(consumer, batch, under_way.popleft())
+                _settle(consumer, poison, under_way.popleft())
         except BaseException:
             for call in under_way:
                 call.future.cancel()
             raise
 
 
-def _settle(consumer: Consumer, batch: Batch, call: _Call) -> None:
+def _settle(consumer: Consumer, poison: "_Poison", call: _Call) -> None:
     """Wait for a call, and take its effects in: in the order of the records, whoever is quicker."""
     try:
         call.future.result()
     except Exception as error:
         if consumer.retry.judge(error) != "terminal":
             raise
-        _fail(batch, call.record, error)
+        poison.add(call.record, error)
     else:
-        batch.effects.take_in(call.batch.effects)
+        poison.batch.effects.take_in(call.batch.effects)
 
 
-def _fail(batch: Batch, record: Record, error: Exception) -> None:
-    effects = batch.effects
-    if not effects.failed:
-        # Once per batch: the dead letters have the type and the text of each.
-        _log.warning("handler %s failed on record %s", batch.group, record.position, exc_info=error)
-    batch.fail(record, error)
-    found = effects.failed[record.position]
-    if len(effects.failed) > batch.max_poison:
-        raise systemic(batch.group, batch.max_poison, batch.id, len(effects.failed), found.error_type, found.error)
+class _Poison:
+    """The records of a batch on which its handler has raised; not those that it has failed itself."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self._raised = batch, 0
+
+    def add(self, record: Record, error: Exception) -> None:
+        batch = self.batch
+        if not self._raised:
+            # Once per batch: the dead letters have the type and the text of each.
+            _log.warning("handler %s failed on record %s", batch.group, record.position, exc_info=error)
+        batch.fail(record, error)
+        self._raised += 1
+        count = self._raised + len(batch.undecodable)
+        if count > batch.max_poison:
+            found = batch.effects.failed[record.position]
+            raise systemic(batch.group, batch.max_poison, batch.id, count, found.error_type, found.error)

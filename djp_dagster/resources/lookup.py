@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
+import msgspec
 from pydantic import Field, PrivateAttr
 
-from djp_dagster.lookups.http import HttpService, HttpSettings
-from djp_dagster.lookups.lookup import Key, Lookup, LookupPolicy
+from djp_dagster.lookups.gathering import Key
+from djp_dagster.lookups.http import HttpService, HttpSettings, service_name
+from djp_dagster.lookups.lookup import Lookup, LookupPolicy
 
 
 class LookupResource(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -31,23 +33,33 @@ class LookupResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     max_concurrency: int = Field(default=8, description="How many calls are under way at the same time.")
     attempts: int = Field(default=4, description="How often a call is tried in all.")
     first_pause: str = Field(default="200ms", description="Before the second try; longer before each further one.")
-    longest_pause: str = Field(default="10s", description="Before any try, unless the service asks for more.")
+    longest_pause: str = Field(default="10s", description="Before any try; what the service asks for is added.")
     give_up_after: str = Field(default="60s", description="No pause is begun that would end later than this.")
-    rate_limit: float | None = Field(default=None, description="Calls a second at most.")
+    rate_limit: float | None = Field(default=None, description="So many calls at most begin in any second.")
     breaker_failures: int = Field(default=10, description="So many failures in a row, and nobody calls for a while.")
     breaker_reset: str = Field(default="15s", description="After so long it is tried again.")
     cache_ttl: str | None = Field(
-        default=None, description="How long an answer may be used again; without it, every batch asks anew."
+        default=None, description="How long an answer may be used again; without it, the service is always asked."
     )
     cache_size: int = Field(default=10_000, description="How many answers are kept.")
 
     _lookup: Lookup | None = PrivateAttr(default=None)
-    _making: Any = PrivateAttr(default_factory=threading.Lock)
+    _opening: Any = PrivateAttr(default_factory=threading.RLock)
+
+    def __copy__(self) -> "LookupResource":
+        """Another one, which opens what it needs: it may be given other settings."""
+        copied: LookupResource = super().__copy__()
+        copied._forget()
+        return copied
+
+    def _forget(self) -> None:
+        self._lookup, self._opening = None, threading.RLock()
 
     def fetch_many(self, keys: Sequence[Key]) -> Mapping[Key, Any]:
         """Ask for at most ``bulk_size`` different keys; those it does not know are missing in the answer.
 
-        Raise `LookupUnavailableError` (or let a connection error be one) for what may be tried again.
+        Raise `LookupUnavailableError` for what may be tried again; an `OSError`, which covers the standard library's
+        connections and time-outs, is taken for one. Everything else is taken for a fault of what was asked for.
         """
         raise NotImplementedError(f"{type(self).__name__} needs a method fetch_many(keys)")
 
@@ -62,16 +74,24 @@ class LookupResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     @property
     def lookup(self) -> Lookup:
         """What makes the calls; opened when first used."""
-        with self._making:
+        with self._opening:
             if self._lookup is None:
-                names = LookupPolicy.__struct_fields__
-                policy = LookupPolicy(**{name: getattr(self, name) for name in names})
-                self._lookup = Lookup(type(self).__name__, self.fetch_many, policy)
+                self._lookup = self._made()
             return self._lookup
+
+    def _made(self) -> Lookup:
+        return Lookup(type(self).__name__, self.fetch_many, self._policy())
+
+    def _policy(self) -> LookupPolicy:
+        return LookupPolicy(**{name: getattr(self, name) for name in LookupPolicy.__struct_fields__})
 
     def take_figures(self) -> tuple[dict[str, int], dict[str, float]]:
         """What it has done since the last time; see `Figures.take`."""
         return self.lookup.figures.take()
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Refuse wrong settings now, and not when the first event comes."""
+        self._policy()
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         """Close what was opened."""
@@ -79,7 +99,7 @@ class LookupResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def close(self) -> None:
         """Close what was opened; the next use opens it again."""
-        with self._making:
+        with self._opening:
             lookup, self._lookup = self._lookup, None
         if lookup is not None:
             lookup.close()
@@ -94,8 +114,8 @@ class HttpLookup(LookupResource):
         100
     """
 
-    base_url: str = Field(description='Where the service is, e.g. "https://users.internal/v1".')
-    path: str = Field(default="/{key}", description="Of one key.")
+    base_url: str = Field(description='Where the service is, e.g. "https://users.internal/v1".', repr=False)
+    path: str | None = Field(default=None, description='Of one key, e.g. "/users/{key}".')
     bulk_path: str | None = Field(default=None, description="Of many keys; without it, each key is a call.")
     bulk_method: str = Field(default="GET", description='"GET": keys as a parameter, with commas; "POST": as JSON.')
     bulk_parameter: str = Field(default="ids", description="The name of that parameter, or field.")
@@ -103,7 +123,8 @@ class HttpLookup(LookupResource):
     items: str | None = Field(default=None, description="The field of a bulk answer that holds the objects.")
     headers: dict[str, str] = Field(default={}, description="Of every request.", repr=False)
     token: str | None = Field(default=None, description="A bearer token; use dg.EnvVar.", repr=False)
-    timeout: str = Field(default="5s", description="Of one call.")
+    timeout: str = Field(default="5s", description="Of one call, from its beginning to its end.")
+    max_bytes: str = Field(default="64MiB", description="Of one answer at most.")
 
     _service: HttpService | None = PrivateAttr(default=None)
 
@@ -112,7 +133,7 @@ class HttpLookup(LookupResource):
         return self.service.fetch(keys)
 
     def write(self, method: str, path: str, body: Any, *, idempotency_key: str | None = None) -> Any:
-        """Send a request that changes something; tried again only with an ``idempotency_key``.
+        """Send a request that changes something; tried again only with an ``idempotency_key``, or if nothing was sent.
 
         ``record.idempotency_key`` is one: the same at every attempt at the same record.
 
@@ -127,31 +148,35 @@ class HttpLookup(LookupResource):
     @property
     def service(self) -> HttpService:
         """The open connections."""
-        with self._making:
+        with self._opening:
             if self._service is None:
-                names = HttpSettings.__struct_fields__
-                self._service = HttpService(
-                    type(self).__name__, HttpSettings(**{name: getattr(self, name) for name in names})
-                )
+                self._service = HttpService(service_name(self.base_url), self._settings())
             return self._service
 
-    @property
-    def lookup(self) -> Lookup:
-        """What makes the calls; opened when first used."""
-        if self.bulk_path is None and self.bulk_size != 1:
-            # A call for each key: so that they are made at the same time.
-            with self._making:
-                if self._lookup is None:
-                    names = LookupPolicy.__struct_fields__
-                    policy = {name: getattr(self, name) for name in names} | {"bulk_size": 1}
-                    self._lookup = Lookup(type(self).__name__, self.fetch_many, LookupPolicy(**policy))
-                return self._lookup
-        return super().lookup
+    def _settings(self) -> HttpSettings:
+        return HttpSettings(**{name: getattr(self, name) for name in HttpSettings.__struct_fields__})
+
+    def _made(self) -> Lookup:
+        return Lookup(service_name(self.base_url), self.fetch_many, self._policy(), fitting=self.service.fitting)
+
+    def _policy(self) -> LookupPolicy:
+        policy = super()._policy()
+        # A call for each key: so that they are made at the same time.
+        return policy if self.bulk_path is not None else msgspec.structs.replace(policy, bulk_size=1)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._service = None
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Refuse wrong settings now, and not when the first event comes."""
+        super().setup_for_execution(context)
+        self._settings()
 
     def close(self) -> None:
         """Close what was opened; the next use opens it again."""
         super().close()
-        with self._making:
+        with self._opening:
             service, self._service = self._service, None
         if service is not None:
             service.close()
