@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -38,6 +41,29 @@ class Arena:
         process.start()
         self.processes.append(process)
         return process
+
+    def wait_until_stopped(self, process: ForkServerProcess, where: str) -> None:
+        """Wait until a process has stopped, and holds no lock: SQLite would wait for it for ever."""
+        status = Path(f"/proc/{process.pid}/stat")
+
+        def is_stopped() -> bool:
+            if status.read_text().rsplit(")", 1)[1].split()[0] != "T":
+                return False
+            with closing(sqlite3.connect(self.folder / "stream.db", timeout=0, isolation_level=None)) as db:
+                try:
+                    db.execute("BEGIN IMMEDIATE")
+                    db.execute("ROLLBACK")
+                except sqlite3.OperationalError:
+                    os.kill(process.pid or 0, signal.SIGCONT)
+                    return False
+            return True
+
+        wait_for(is_stopped, f"a process to stop at {where}")
+
+    def wake(self, process: ForkServerProcess) -> None:
+        """Let a stopped process go on."""
+        (self.folder / f"wake-{process.pid}").touch()
+        os.kill(process.pid or 0, signal.SIGCONT)
 
     @property
     def books(self) -> Books:

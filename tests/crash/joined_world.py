@@ -124,7 +124,7 @@ def work(
     how: str = "kill",
 ) -> None:
     """A worker process, whose local state lies in the folder ``state``."""
-    arm(point, hit, how)
+    arm(folder, point, hit, how)
     with open_world(folder, deadline_s) as stream:
         known = consumers(deadline_s)
         worker = djp.Worker(stream, [known[name] for name in names], lease=LEASE_S, state_folder=Path(folder) / state)
@@ -142,7 +142,7 @@ def run(
     how: str = "kill",
 ) -> None:
     """A process that runs what is pending of each in turn, again and again."""
-    arm(point, hit, how)
+    arm(folder, point, hit, how)
     with open_world(folder, deadline_s) as stream:
         local, known = until_stopped(folder), consumers(deadline_s)
         watcher = stream.log.watch()

@@ -1,8 +1,6 @@
 """SIGKILL between every two numbers of the protocol, in several processes; then recovery, checked from outside."""
 
-import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -53,13 +51,11 @@ def test_a_kill_at_every_point(arena: Arena, seed: random.Random, point: str) ->
 def test_a_zombie_does_no_harm(arena: Arena, seed: random.Random, point: str) -> None:
     acknowledged = publish_some(arena, seed, 40)
     zombie = arena.start(world.work, ["counts"], point=point, how="stop")
-    assert zombie.pid is not None
-    status = Path(f"/proc/{zombie.pid}/stat")
-    wait_for(lambda: status.read_text().rsplit(")", 1)[1].split()[0] == "T", f"the zombie to stop at {point}")
+    arena.wait_until_stopped(zombie, point)
     arena.start(world.work, ["counts", "relay"])
     arena.start(world.run, ["files"])
     wait_for(arena.books.everything_done, "the others to finish")
-    os.kill(zombie.pid, signal.SIGCONT)
+    arena.wake(zombie)
     with world.open_world(str(arena.folder)) as stream:
         more = [world.ORDERS.event(n=10**9 + index, user=f"user-{index}", kind="good") for index in range(12)]
         stream.publish("orders", more)

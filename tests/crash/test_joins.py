@@ -1,8 +1,6 @@
 """SIGKILL and stalls in a world of joins, tables and snapshots, on hosts that share no disk; checked from outside."""
 
-import os
 import random
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -124,10 +122,6 @@ def test_a_kill_at_every_point(joined: JoinedArena, seed: random.Random, point: 
     assert joined.books.topic("late-parts"), "nothing came late: this test shows nothing"
 
 
-def is_stopped(process: ForkServerProcess) -> bool:
-    return Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
-
-
 def epochs(books: JoinedBooks, owner: str = "%") -> dict[int, int]:
     """The epochs of the join's tasks, of those that an owner of such a name holds."""
     rows = books.db.execute(
@@ -158,13 +152,13 @@ def test_a_stalled_worker_comes_back_after_two_hand_overs(joined: JoinedArena, p
     joined.publish(1, 10)
     joined.begin(world.work, OTHERS)
     zombie = joined.begin(world.work, ["create"], fresh=own_disk, point=point, how="stop")
-    wait_for(lambda: is_stopped(zombie), f"the join to stop at {point}")
+    joined.wait_until_stopped(zombie, point)
     held = epochs(joined.joined, f"%-{zombie.pid}-%")
     assert held
     hand_over(joined, held, 1).kill()
     hand_over(joined, held, 2)
     wait_for(joined.books.everything_done, "the others to finish")
-    os.kill(zombie.pid or 0, signal.SIGCONT)
+    joined.wake(zombie)
     joined.publish(31, 34)
     joined.settle()
     assert zombie.exitcode == 0

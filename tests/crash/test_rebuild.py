@@ -57,9 +57,9 @@ def folded(salt: int, value: str) -> Tables:
 
 def rebuild(folder: str, state: str, point: str | None = None) -> None:
     """Who has the table made anew, by itself or by whoever holds it."""
-    arm(point, 1, "kill")
+    arm(folder, point, 1, "kill")
     # So that nobody waits for long if this one dies; `rebuild` itself has no such setting.
-    commands.run_pending = partial(run_pending, lease=LEASE_S)  # type: ignore[assignment]
+    vars(commands)["run_pending"] = partial(run_pending, lease=LEASE_S)
     with djp.open_stream(Path(folder) / "stream.db") as stream:
         djp.rebuild(stream, AFTER, state_folder=Path(folder) / state, wait="30s")
 
@@ -68,7 +68,7 @@ def work(folder: str, state: str, point: str | None = None) -> None:
     """A worker that holds the table; when it is armed, nothing is pending any more."""
     with djp.open_stream(Path(folder) / "stream.db") as stream:
         worker = djp.Worker(stream, [AFTER], lease=LEASE_S, state_folder=Path(folder) / state)
-        arm(point, 1, "kill")
+        arm(folder, point, 1, "kill")
         worker.run(until_stopped(folder))
 
 

@@ -107,24 +107,23 @@ def until_stopped(folder: str) -> threading.Event:
     return local
 
 
-def _stop_at(point: str) -> None:
-    fired = False
+def _stop_at(folder: str, point: str) -> None:
+    wake = Path(folder) / f"wake-{os.getpid()}"
 
     def hook(reached: str) -> None:
-        nonlocal fired
-        if reached == point and not fired:
-            fired = True
+        while reached == point and not wake.exists():
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.005)  # continued, but not to go on: another thread of this process holds what all need
 
     crash_points.set_hook(hook)
 
 
-def arm(point: str | None, hit: int, how: str) -> None:
-    """Have this process killed, or stopped, when it comes to a point of the protocol."""
+def arm(folder: str, point: str | None, hit: int, how: str) -> None:
+    """Have this process killed, or stopped until it is woken, when it comes to a point of the protocol."""
     if point is None:
         return
     if how == "stop":
-        _stop_at(point)
+        _stop_at(folder, point)
     else:
         kill_at(point, hit=hit)  # type: ignore[arg-type]
 
@@ -136,7 +135,7 @@ def announce(folder: str) -> None:
 
 def work(folder: str, names: list[str], point: str | None = None, hit: int = 1, how: str = "kill") -> None:
     """A worker process."""
-    arm(point, hit, how)
+    arm(folder, point, hit, how)
     with open_world(folder) as stream:
         worker = djp.Worker(
             stream, [CONSUMERS[name] for name in names], lease=LEASE_S, state_folder=Path(folder) / "state"
@@ -147,7 +146,7 @@ def work(folder: str, names: list[str], point: str | None = None, hit: int = 1, 
 
 def run(folder: str, names: list[str], point: str | None = None, hit: int = 1, how: str = "kill") -> None:
     """A process that runs what is pending, again and again."""
-    arm(point, hit, how)
+    arm(folder, point, hit, how)
     with open_world(folder) as stream:
         local = until_stopped(folder)
         watcher = stream.log.watch()
