@@ -75,6 +75,10 @@ def rebuild(
     info = table.register(stream)
     requests = request_command(stream, table.group, [{"kind": "rebuild", "task": task} for task in range(info.tasks)])
     reports = carry_out(stream, table, requests, state_folder=state_folder, wait=wait)
+    if any(report.reason == "rebuild" and "corrected_keys" not in report.counts for report in reports):
+        raise TerminalError(
+            f"table {table.group!r} is kept as it is: its topic was trimmed meanwhile", group=table.group
+        )
     for number in requests:
         status = stream.coordinator.request_status(number)
         if status.startswith("failed: "):

@@ -2,8 +2,8 @@
 
 How one comes to be, by the holder of the task's lease, between two batches:
 
-1. **Copy** the local file, compacted, into a temporary one.
-   *Crash:* a temporary file.
+1. **Copy** the local file, compacted, into a temporary one, and look at every value of it.
+   *Crash:* a temporary file, removed by the next who takes one.
 2. **Store** it in the payload store, under its hash.
    *Crash:* a payload that nothing refers to; collection removes it.
 3. **Make it known**, in one transaction that checks the lease's epoch: a holder that was fenced meanwhile changes
@@ -14,7 +14,7 @@ nothing.
 So the changelog does not grow with what was ever changed: it is bounded by what changes between ``keep`` snapshots.
 """
 
-import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,6 @@ from djp_dagster.units import Size, is_count, parse_bytes
 if TYPE_CHECKING:
     from djp_dagster.claim_check.stores import PayloadStore
 
-_log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/vnd.sqlite3"
 
 
@@ -74,14 +73,19 @@ def take(file: StateFile, task: int, payloads: "PayloadStore") -> NewSnapshot:
     """Steps 1 and 2: store a copy of ``file``, whose task nobody else works on.
 
     Raises:
+        StateMismatchError: the file is damaged.
         PayloadStoreUnavailableError, PayloadStoreRefusedError: nothing is known of it.
     """
-    with tempfile.TemporaryDirectory(prefix="snapshot-", dir=file.path.parent) as folder:
+    prefix = f"{file.path.name}.snapshot-"
+    for left_over in file.path.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=file.path.parent) as folder:
         copy = Path(folder) / "state.db"
         offset = file.offset
         file.copy_to(copy)
         mentions: set[bytes] = set()
-        for _, value in file.items():
+        for key, value in file.items():
+            mentions.update(mentions_in(key))
             mentions.update(mentions_in(value))
         stored = payloads.put(copy, media_type=MEDIA_TYPE, compress=False)
     return NewSnapshot(task, offset, stored.ref, b"\n".join(sorted(mentions)))

@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from djp_dagster.errors import PayloadStoreUnavailableError, StreamBusyError, StreamUnavailableError
+from djp_dagster.errors import StateMismatchError
 from djp_dagster.processing.crash_points import reach
+from djp_dagster.processing.failures import OUTAGES
 from djp_dagster.state.snapshots import SnapshotPolicy, take
 from djp_dagster.state.store import TaskStore
 from djp_dagster.streams.model import Lease
@@ -95,7 +96,7 @@ class TaskStores:
             growth.bytes += size
 
     def snapshot_if_due(self, lease: Lease, tasks: Iterable[int]) -> None:
-        """Take snapshots of those tasks for which they are due; if the stream is away, the next batch sees to it.
+        """Take snapshots of those tasks for which they are due; whatever is in the way, the next batch sees to it.
 
         Raises:
             FencedError: the lease was lost; nothing is known of the snapshot.
@@ -123,8 +124,11 @@ class TaskStores:
             snapshot = take(store.file, task, self._payloads)
             reach("9.snapshot_stored")
             self._stream.coordinator.add_snapshot(lease, snapshot, keep=policy.keep)
-        except (PayloadStoreUnavailableError, StreamUnavailableError, StreamBusyError) as error:
+        except (*OUTAGES, OSError) as error:
             _log.warning("no snapshot of %s task %d for now: %s", self._group, task, error)
+            return
+        except StateMismatchError as error:
+            store.restore_later(str(error))
             return
         reach("9.snapshot_known")
         self._growth[task] = _Growth(0, 0, snapshot.payload.bytes)

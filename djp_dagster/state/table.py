@@ -1,5 +1,6 @@
 """`Table`: the latest value of each key, kept from a topic of updates."""
 
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,7 @@ from djp_dagster.processing.batch import Batch
 from djp_dagster.processing.consumer import DEFAULT_MAX_BATCH, DEFAULT_RETRY, DEFAULT_SNAPSHOTS, Consumer
 from djp_dagster.processing.failures import RetryPolicy
 from djp_dagster.processing.threshold import Threshold
-from djp_dagster.state.file import StateFile
-from djp_dagster.state.keys import encode_key
+from djp_dagster.state.file import Change, StateFile
 from djp_dagster.state.snapshots import SnapshotPolicy
 from djp_dagster.state.task_state import TaskState
 from djp_dagster.streams.records import Record
@@ -162,7 +162,7 @@ class Table(Consumer):
         found = _field(record.data, self.sequence)
         if found is None and self.sequence == _SEQUENCE_ATTRIBUTE:
             found = (record.ext or {}).get(_SEQUENCE_ATTRIBUTE)
-        if isinstance(found, bool) or not isinstance(found, int | float | str):
+        if isinstance(found, bool) or not isinstance(found, int | float | str) or found != found:  # noqa: PLR0124
             raise InvalidValueError(
                 f"event {record.id!r} has no sequence: data[{self.sequence!r}] must be a number or a string, not "
                 f"{found!r}",
@@ -172,6 +172,11 @@ class Table(Consumer):
 
     def _rebuild(self, batch: Batch) -> None:
         """Fold the whole topic into an empty table, then change of the live one only what differs."""
+        if len(batch) < sum(part.start for part in batch.ranges):
+            # It was all there when this was asked for: giving up for good would block the updates behind it.
+            batch.log.error("table %s is kept as it is: retention has removed the beginning of its topic", self.group)
+            return
+        batch.max_poison = sys.maxsize  # what is no event is a dead letter since it was first handled
         with tempfile.TemporaryDirectory(prefix="djp-rebuild-") as folder:
             file = StateFile(Path(folder) / "table.db", "rebuild", self.group)
             try:
@@ -179,7 +184,7 @@ class Table(Consumer):
                     state = TaskState(file)
                     self._apply(records, state, batch)
                     file.apply(state.changes(), count, count + 1)
-                batch.effects.failed.clear()  # they are dead letters since they were first handled
+                batch.effects.failed.clear()  # so is what cannot be applied
                 keys, differing = _correct(batch.state, TaskState(file))
             finally:
                 file.close()
@@ -188,34 +193,30 @@ class Table(Consumer):
 
 
 def _correct(live: TaskState, anew: TaskState) -> tuple[int, int]:
-    """Make ``live`` hold what ``anew`` holds; how many keys that is, and how many differed."""
-    differing = keys = 0
-    theirs = iter(anew.items())
+    """Make ``live`` hold what ``anew`` holds; how many keys that is, and how many differed.
+
+    Both as bytes: what is to be corrected may be nothing that can be decoded.
+    """
+    keys = 0
+    changes: list[Change] = []
+    theirs = anew.range()
     other = next(theirs, None)
-    changes: list[tuple[Any, Any]] = []
-    for key, value in live.items():
-        while other is not None and encode_key(other[0]) < encode_key(key):
+    for key, raw in live.range():
+        while other is not None and other[0] < key:
             changes.append(other)
-            other = next(theirs, None)
-            keys += 1
-        if other is not None and other[0] == key and type(other[0]) is type(key):
-            if other[1] != value:
-                changes.append(other)
-            other = next(theirs, None)
-            keys += 1
-        else:
+            other, keys = next(theirs, None), keys + 1
+        if other is None or other[0] != key:
             changes.append((key, None))
+            continue
+        if other[1] != raw:
+            changes.append(other)
+        other, keys = next(theirs, None), keys + 1
     while other is not None:
         changes.append(other)
-        other = next(theirs, None)
-        keys += 1
+        other, keys = next(theirs, None), keys + 1
     for key, value in changes:
-        differing += 1
-        if value is None:
-            live.delete(key)
-        else:
-            live.set(key, value)
-    return keys, differing
+        live.change(key, value)
+    return keys, len(changes)
 
 
 def _keep(batch: Batch) -> None:

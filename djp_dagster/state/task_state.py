@@ -140,16 +140,17 @@ class TaskState:
             raw = encode_value(value)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidValueError(f"state value of key {key!r} cannot be stored: {error}", key=key) from error
-        if self._journal is not None:
-            self._journal.append((encoded, self._changed.get(encoded, _ABSENT)))
-        self._changed[encoded] = raw
+        self.change(encoded, raw)
 
     def delete(self, key: StateKey) -> None:
         """Remove ``key``, whether it exists or not."""
-        encoded = encode_key(key)
+        self.change(encode_key(key), None)
+
+    def change(self, encoded: bytes, raw: bytes | None) -> None:
+        """`set` and `delete` of encoded keys and values."""
         if self._journal is not None:
             self._journal.append((encoded, self._changed.get(encoded, _ABSENT)))
-        self._changed[encoded] = None
+        self._changed[encoded] = raw
 
     def mark(self) -> int:
         """A point to come back to with `undo`."""
@@ -168,7 +169,7 @@ class TaskState:
                 self._changed[encoded] = before
 
     def changes(self) -> list[Change]:
-        """What this batch changed, encoded, in key order; what came and went within it is no change."""
+        """What this batch changed, encoded, in key order; not what it looked for in vain, set, and deleted again."""
         read = self._read
         return [
             (key, value)
