@@ -1,6 +1,6 @@
 """`EventDag`: consumers that emit what others read, validated and drawn as a whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from djp_dagster.errors import EventDagError, InvalidSettingError
 from djp_dagster.joining.declaration import Join
@@ -22,8 +22,8 @@ class EventDag:
         name: of the whole.
 
     Raises:
-        EventDagError: a cycle, with its path; a topic that is read, emitted by none, and no source; a topic with two
-            owners; a consumer to which nothing leads; a join one of whose parts nothing leads to.
+        EventDagError: a cycle, with its path; a topic that is declared differently, or has two owners; a topic, a
+            consumer, or a part of a join to which nothing leads.
         InvalidSettingError: no consumer, or two of one group.
 
     Example:
@@ -53,14 +53,13 @@ class EventDag:
                 setting="consumers",
                 value=groups,
             )
-        self._topics = _topics_of(name, self.consumers)
+        self._topics = _topics_of(name, self.consumers, sources or ())
         self._owner = _owners(name, self.consumers)
         read = {topic.name for consumer in self.consumers for topic in consumer.topics}
         found = [self._topics[topic] for topic in sorted(read - set(self._owner))]
         self.sources = tuple(found if sources is None else sources)
         self._require_no_cycle()
-        self._require_known(found)
-        self._require_reached()
+        self._require_fed()
 
     @property
     def topics(self) -> tuple[Topic, ...]:
@@ -108,63 +107,54 @@ class EventDag:
                     path=path,
                 )
 
-    def _cycle_from(self, consumer: Consumer, path: list[str], done: set[str]) -> list[str] | None:
-        if consumer.group in path:
-            return [*path[path.index(consumer.group) :], consumer.group]
-        if consumer.group in done:
-            return None
-        for topic in consumer.emits:
-            for reader in self.readers(topic.name):
-                steps = [*path, consumer.group, topic.name]
-                if reader.group in steps:
-                    return [*steps[steps.index(reader.group) :], reader.group]
-                found = self._cycle_from(reader, steps, done)
-                if found is not None:
-                    return found
-        done.add(consumer.group)
+    def _cycle_from(self, consumer: Consumer, before: list[tuple[str, str]], done: set[str]) -> list[str] | None:
+        """The groups and topics of a cycle that ``consumer`` leads to; ``before`` it were these groups and topics."""
+        groups = [group for group, _ in before]
+        if consumer.group in groups:
+            steps = before[groups.index(consumer.group) :]
+            return [*(name for step in steps for name in step), consumer.group]
+        if consumer.group not in done:
+            for topic in consumer.emits:
+                for reader in self.readers(topic.name):
+                    found = self._cycle_from(reader, [*before, (consumer.group, topic.name)], done)
+                    if found is not None:
+                        return found
+            done.add(consumer.group)
         return None
 
-    def _require_known(self, found: Sequence[Topic]) -> None:
-        known = {topic.name for topic in self.sources}
-        for topic in found:
-            if topic.name not in known:
-                readers = [consumer.group for consumer in self.readers(topic.name)]
-                raise EventDagError(
-                    f"event DAG {self.name!r}: topic {topic.name!r}, read by {readers}, is emitted by none of its "
-                    f"consumers and is none of its sources {sorted(known)}; add who emits it, or name it a source",
-                    topic=topic.name,
-                    readers=readers,
-                )
-
-    def _require_reached(self) -> None:
-        reached = {topic.name for topic in self.sources}
+    def _require_fed(self) -> None:
+        """What is read must be a source, or emitted by one of the consumers; which are all fed, then."""
+        known = {topic.name for topic in self.sources} | set(self._owner)
         for consumer in self.in_order():
-            missing = [topic.name for topic in consumer.topics if topic.name not in reached]
-            if isinstance(consumer, Join) and missing:
-                raise EventDagError(
-                    f"event DAG {self.name!r}: nothing leads to the parts {missing} of join {consumer.group!r}, so no "
-                    f"key would ever be complete; sources are {sorted(topic.name for topic in self.sources)}",
-                    group=consumer.group,
-                    topics=missing,
-                )
-            if len(missing) == len(consumer.topics):
-                raise EventDagError(
-                    f"event DAG {self.name!r}: nothing leads to consumer {consumer.group!r}, which reads {missing}; "
-                    f"sources are {sorted(topic.name for topic in self.sources)}",
-                    group=consumer.group,
-                    topics=missing,
-                )
-            reached |= {topic.name for topic in consumer.emits}
+            missing = [topic.name for topic in consumer.topics if topic.name not in known]
+            if not missing:
+                continue
+            if isinstance(consumer, Join):
+                what = f"nothing leads to the parts {missing} of join {consumer.group!r}, so no key would be complete"
+            elif len(missing) == len(consumer.topics):
+                what = f"nothing leads to consumer {consumer.group!r}, which reads {missing}"
+            else:
+                what = f"nothing leads to the topics {missing}, which consumer {consumer.group!r} reads"
+            sources = sorted(topic.name for topic in self.sources)
+            raise EventDagError(
+                f"event DAG {self.name!r}: {what}: none of its consumers emits that, and its sources are {sources}; "
+                "add who emits it, or name it a source",
+                group=consumer.group,
+                topics=missing,
+            )
 
     def mermaid(self) -> str:
         """The chain as a Mermaid flowchart: topics round, consumers square, joins as hexagons."""
+        nodes = _ids("t", (topic.name for topic in self.topics))
+        boxes = _ids("c", (consumer.group for consumer in self.consumers))
         lines = ["flowchart LR"]
-        lines += [f"    t_{_id(topic.name)}([{topic.name}])" for topic in self.topics]
+        lines += [f"    {nodes[topic.name]}([{topic.name}])" for topic in self.topics]
         for consumer in self.in_order():
-            shape = ("{{", "}}") if isinstance(consumer, Join) else ("[", "]")
-            lines.append(f"    c_{_id(consumer.group)}{shape[0]}{consumer.group}{shape[1]}")
-            lines += [f"    t_{_id(topic.name)} --> c_{_id(consumer.group)}" for topic in consumer.topics]
-            lines += [f"    c_{_id(consumer.group)} --> t_{_id(topic.name)}" for topic in consumer.emits]
+            left, right = ("{{", "}}") if isinstance(consumer, Join) else ("[", "]")
+            box = boxes[consumer.group]
+            lines.append(f"    {box}{left}{consumer.group}{right}")
+            lines += [f"    {nodes[topic.name]} --> {box}" for topic in consumer.topics]
+            lines += [f"    {box} --> {nodes[topic.name]}" for topic in consumer.emits]
         return "\n".join(lines)
 
 
@@ -174,16 +164,16 @@ def _with_helpers(consumers: Sequence[Consumer]) -> Iterator[Consumer]:
         yield consumer
 
 
-def _topics_of(name: str, consumers: Sequence[Consumer]) -> dict[str, Topic]:
+def _topics_of(name: str, consumers: Sequence[Consumer], sources: Sequence[Topic]) -> dict[str, Topic]:
     topics: dict[str, Topic] = {}
-    for consumer in consumers:
-        for topic in (*consumer.topics, *consumer.emits):
-            if topics.setdefault(topic.name, topic) != topic:
-                raise EventDagError(
-                    f"event DAG {name!r}: topic {topic.name!r} is declared twice and differently: {topics[topic.name]} "
-                    f"and {topic}; share one declaration",
-                    topic=topic.name,
-                )
+    named = [topic for consumer in consumers for topic in (*consumer.topics, *consumer.emits)]
+    for topic in (*named, *sources):
+        if topics.setdefault(topic.name, topic) != topic:
+            raise EventDagError(
+                f"event DAG {name!r}: topic {topic.name!r} is declared twice and differently: {topics[topic.name]} "
+                f"and {topic}; share one declaration",
+                topic=topic.name,
+            )
     return topics
 
 
@@ -202,5 +192,14 @@ def _owners(name: str, consumers: Sequence[Consumer]) -> dict[str, Consumer]:
     return owners
 
 
-def _id(name: str) -> str:
-    return name.translate(_MARKS)
+def _ids(kind: str, names: Iterable[str]) -> dict[str, str]:
+    """An identifier of Mermaid's for each name, no two alike."""
+    ids: dict[str, str] = {}
+    for name in names:
+        wanted = found = f"{kind}_{name.translate(_MARKS)}"
+        number = 1
+        while found in ids.values():
+            number += 1
+            found = f"{wanted}_{number}"
+        ids[name] = found
+    return ids

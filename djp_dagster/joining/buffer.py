@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from djp_dagster.errors import InvalidEventError, MissingKeyError
 from djp_dagster.joining.closing import Closing, Judge
 from djp_dagster.joining.dues import Due, Dues
-from djp_dagster.joining.entries import NEVER, Entry, Part, indexed
-from djp_dagster.joining.filling import Filling
+from djp_dagster.joining.entries import NEVER, Entry, Part
+from djp_dagster.joining.filling import Filling, needed
 from djp_dagster.joining.joined import Joined
-from djp_dagster.joining.ledger import Key, Ledger
+from djp_dagster.joining.ledger import Key, Ledger, Mark
 from djp_dagster.joining.parts import PartSpec
 from djp_dagster.joining.rules import JoinRules
 from djp_dagster.joining.watermarks import Watermark
@@ -23,6 +23,7 @@ WAKE = "expiry"
 """The name of a task's one deadline."""
 _EXPIRE_AT_ONCE = 500
 _EXPIRE_PER_BATCH = 20_000
+_LONG_AGO = -(1 << 63)
 
 
 class BufferRun:
@@ -44,7 +45,7 @@ class BufferRun:
         self._dues = Dues(self._ledger.stored_dues(), self._is_due)
         self._watermark = Watermark(self._summary, [spec.topic.name for spec in rules.parts], rules.idle_micros)
         self._left_to_expire = _EXPIRE_PER_BATCH
-        self._now = batch.now_micros
+        self._overdue = _LONG_AGO
         self._specs = _by_topic(rules.parts)
 
     def run(self) -> None:
@@ -54,23 +55,23 @@ class BufferRun:
         self._ledger.load({key for keys in keyed for key in keys if key is not None})
         for records, keys in zip(chunks, keyed, strict=True):
             self._take_all(records, keys)
+        horizon = self._batch.horizon_micros
         if self._batch.command is not None:
             self._obey(self._batch.command)
         elif self._batch.deadlines:
-            horizon = self._batch.horizon_micros
-            self._now = max(self._now, horizon)
             self._expire_before(self._watermark.at(horizon) if self._rules.by_event_time else horizon + 1)
             self._summary.wake = None
         for key, entry in self._ledger.write():
             self._closing.turn_away(key, entry)
-        self._ledger.forget(self._now)
+            self._dues.add(entry.due, key)
+        self._ledger.forget(horizon)
         self._set_wake()
         self._report()
 
     # Parts
 
     def _keys_of(self, records: Sequence[Record]) -> list[Key | None]:
-        path, topic = self._rules.key, records[0].topic
+        path = self._rules.key
         simple = "." not in path
         keys: list[Key | None] = []
         for record in records:
@@ -81,67 +82,100 @@ class BufferRun:
                 and type(key := data.get(path)) is str
             ):
                 keys.append(key)
-                continue
-            try:
-                keys.append(key_of(record, path, topic))
-            except MissingKeyError as error:
-                self._batch.fail(record, error)
-                keys.append(None)
+            else:
+                keys.append(self._key_of(record, path))
         return keys
+
+    def _key_of(self, record: Record, path: str) -> Key | None:
+        error: Exception
+        try:
+            key = key_of(record, path, record.topic)
+        except (MissingKeyError, InvalidEventError) as found:
+            error = found
+        else:
+            if not isinstance(key, bool):
+                return key
+            error = MissingKeyError(f"event {record.id!r}: 'partitionkey' is {key}; use a string or an integer")
+        self._batch.fail(record, error)
+        return None
 
     def _take_all(self, records: Sequence[Record], keys: Sequence[Key | None]) -> None:
         """The records of one stored record batch: all of one topic, appended at the same time."""
         origin = records[0].origin
-        self._closing.origin, stamp, by_event_time = origin, origin.append_micros, self._rules.by_event_time
-        self._now = max(self._now, stamp)
+        self._closing.origin, self._summary.scope = origin, origin.scope
+        stamp, by_event_time = origin.append_micros, self._rules.by_event_time
         specs = self._specs.get(origin.topic, {})
         of_any_kind = specs.get(None)
-        if not by_event_time:
-            self._expire_before(stamp)
+        self._expire_before(self._watermark.at(stamp) if by_event_time else stamp)
         for record, key in zip(records, keys, strict=True):
             spec = of_any_kind or specs.get(record.type)
             if key is not None and spec is not None:
                 try:
-                    self._take(record, key, spec, to_micros(record.event_time) if by_event_time else stamp)
+                    self._take(record, key, spec)
                 except InvalidEventError as error:
                     self._batch.fail(record, error)
             if by_event_time:
                 self._watermark.see(origin.topic, to_micros(record.event_time), stamp)
                 self._expire_before(self._watermark.at(stamp))
 
-    def _take(self, record: Record, key: Key, spec: PartSpec, at: int) -> None:
-        """A part of ``key``, that happened (or was appended) ``at``."""
-        entry = self._entries.get(key)
-        if self._batch.is_redrive:
-            # It counts from now, or it would be too late again.
-            at = max(at, self._watermark.at(self._now)) if self._rules.by_event_time else self._now
-        if type(entry) is tuple and self._batch.is_redrive and entry[0] != "completed":
-            self._ledger.reopen(key, entry)
-            entry = None
-        if type(entry) is Entry and at > entry.due:
-            self._closing.expire(key, entry, self._now)
-            entry = self._entries[key]
-        if isinstance(entry, tuple):
-            self._closing.too_late(record, key, entry)
+    def _take(self, record: Record, key: Key, spec: PartSpec) -> None:
+        """A part of ``key``."""
+        standing, stamp = self._standing(record, key), record.origin.append_micros
+        part = Part(record.topic, record.offset, stamp, record, None)
+        if isinstance(standing, tuple):
+            self._closing.too_late(key, standing, part)
             return
-        entry = self._opened(key, entry, at)
-        part = Part(record.topic, record.offset, record.origin.append_micros, record, None)
+        if type(spec.count) is str:
+            needed(record, spec)
+        entry = self._opened(key, standing, part, record)
+        if entry is None:
+            return
         self._ledger.touch(key)
         if not self._filling.add(entry, spec, part, record):
             self._batch.count("duplicate_parts")
-        elif self._filling.is_complete(entry, self._closing.origin):
-            self._closing.finish(key, entry, (), self._now)
+        elif self._filling.is_complete(entry, record.origin):
+            self._closing.finish(key, entry, (), stamp)
 
-    def _opened(self, key: Key, entry: Entry | None, at: int) -> Entry:
-        """The entry of ``key``, due as a part of that time wants it."""
-        deadline = self._rules.deadline_micros
-        due = NEVER if deadline is None else at + deadline
-        if entry is None:
-            entry = self._ledger.open(key, due)
-            self._dues.add(due, key)
-        elif due < entry.due:
-            self._bring_forward(key, entry, due)
+    def _standing(self, record: Record, key: Key) -> Entry | Mark | None:
+        """What the key is when the part comes."""
+        entry = self._entries.get(key)
+        redrive = self._batch.is_redrive
+        if type(entry) is Entry:
+            if not redrive and entry.due < self._overdue:
+                # There were too many to expire before it in this batch.
+                self._closing.expire(key, entry, self._moment_of(entry.due))
+                return self._entries[key]
+        elif isinstance(entry, tuple):
+            at = self._batch.now_micros if redrive else record.origin.append_micros
+            if (redrive and entry[0] != "completed") or not self._ledger.is_remembered(entry[1], at):
+                return None
         return entry
+
+    def _opened(self, key: Key, entry: Entry | None, part: Part, record: Record) -> Entry | None:
+        """The entry of ``key``, due as the part wants it; None if the key is due before the part."""
+        if entry is None:
+            due = self._due_of(record)
+            self._dues.add(due, key)
+            return self._ledger.open(key, due)
+        if self._rules.by_event_time and not self._batch.is_redrive:
+            if to_micros(record.event_time) > entry.due:
+                self._closing.refuse(key, part)
+                return None
+            if (due := self._due_of(record)) < entry.due:
+                self._bring_forward(key, entry, due)
+        return entry
+
+    def _due_of(self, record: Record) -> int:
+        """When a key is due whose first part this is."""
+        if self._rules.deadline_micros is None:
+            return NEVER
+        by_event_time = self._rules.by_event_time
+        at = to_micros(record.event_time) if by_event_time else record.origin.append_micros
+        if self._batch.is_redrive:
+            # It counts from now, or it would be too late again.
+            now = self._batch.now_micros
+            at = max(at, self._watermark.at(now)) if by_event_time else now
+        return at + self._rules.deadline_micros
 
     def _bring_forward(self, key: Key, entry: Entry, due: int) -> None:
         """An earlier part has come: the key is due earlier, and what is later than that is late."""
@@ -149,10 +183,9 @@ class BufferRun:
         self._dues.add(due, key)
         for name, found in list(entry.parts.items()):
             for part in list(found):
-                record = part.record(self._closing.origin)
-                if to_micros(record.event_time) > due:
+                if to_micros(part.record(self._closing.origin).event_time) > due:
                     found.remove(part)
-                    self._closing.refuse(key, part, record)
+                    self._closing.refuse(key, part)
             if not found:
                 del entry.parts[name]
 
@@ -166,6 +199,9 @@ class BufferRun:
         return type(entry) is Entry and entry.due == due[0]
 
     def _expire_before(self, limit: int) -> None:
+        if self._batch.is_redrive:
+            return  # it is of the past, and what was appended since may not have been read
+        self._overdue = limit
         while self._left_to_expire > 0:
             due = self._dues.pop_before(limit, min(_EXPIRE_AT_ONCE, self._left_to_expire))
             if not due:
@@ -175,25 +211,27 @@ class BufferRun:
             for at, key in due:
                 entry = self._entries[key]
                 if type(entry) is Entry and entry.due == at:
-                    self._closing.expire(key, entry, self._now)
+                    self._closing.expire(key, entry, self._moment_of(at))
+
+    def _moment_of(self, due: int) -> int:
+        """The append time at which what is due then expires, whenever it is found out."""
+        return self._watermark.passes(due) if self._rules.by_event_time else due
 
     def _obey(self, command: Mapping[str, Any]) -> None:
+        """Expire the keys that the command names; all, if it names none."""
         keys = command.get("keys")
-        if keys is None:
-            keys = [indexed(encoded)[1] for encoded in self._ledger.stored_dues()][: self._left_to_expire]
-        self._ledger.load(keys)
-        for key in keys:
+        wanted = self._ledger.stored_open() if keys is None else [key for key in keys if type(key) in (str, int)]
+        self._ledger.load(wanted)
+        for key in wanted:
             entry = self._entries[key]
             if type(entry) is Entry:
-                self._closing.expire(key, entry, self._now)
+                self._closing.expire(key, entry, self._batch.now_micros)
 
     def _set_wake(self) -> None:
         earliest = self._dues.earliest()
-        if earliest is None or earliest[0] == NEVER:
+        if earliest is None:
             return
-        wake = earliest[0]
-        if self._rules.by_event_time:
-            wake = self._watermark.next_look(wake, self._now)
+        wake = self._moment_of(earliest[0])
         if self._left_to_expire <= 0:
             wake = self._batch.now_micros
         if self._summary.wake is None or wake < self._summary.wake:
@@ -202,8 +240,8 @@ class BufferRun:
 
     def _report(self) -> None:
         self._ledger.write_summary()
-        self._batch.gauge("pending_keys", self._summary.open)
-        self._batch.gauge("buffered_bytes", self._summary.bytes)
+        self._batch.gauge("pending_keys", self._summary.open, per_task=True)
+        self._batch.gauge("buffered_bytes", self._summary.bytes, per_task=True)
 
 
 def _stamp_and_topic(record: Record) -> tuple[int, str]:

@@ -3,15 +3,25 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from djp_dagster.errors import BufferFullError, JoinIncompleteError, LatePartError
+from djp_dagster.errors import (
+    BufferFullError,
+    DjpError,
+    EventTooLargeError,
+    InvalidEventError,
+    InvalidSettingError,
+    JoinIncompleteError,
+    LatePartError,
+    MissingKeyError,
+)
 from djp_dagster.joining.entries import Entry, Part, Status
 from djp_dagster.joining.filling import Filling
-from djp_dagster.joining.joined import Joined
+from djp_dagster.joining.joined import Joined, emit
 from djp_dagster.joining.ledger import Key, Ledger, Mark
 from djp_dagster.joining.rules import JoinRules
 from djp_dagster.processing.failures import describe, systemic
+from djp_dagster.streams.claimed import ClaimedData
 from djp_dagster.streams.model import NewDeadLetter
-from djp_dagster.streams.records import Origin, Record
+from djp_dagster.streams.records import Origin
 
 if TYPE_CHECKING:
     from djp_dagster.processing.batch import Batch
@@ -23,7 +33,7 @@ class Closing:
     """Ends keys of one batch, and refuses parts.
 
     Attributes:
-        origin: what the records of the task share.
+        origin: what the records of the task share; of the record batch that is being handled, if one is.
 
     Args:
         rules: of the join.
@@ -46,7 +56,7 @@ class Closing:
         self._rules, self._batch, self._ledger, self._filling = rules, batch, ledger, filling
         self._call, self._judge = call, judge
         self._failed_keys = 0
-        self.origin = Origin("", batch.task, 0)
+        self.origin = Origin("", batch.task, 0, ledger.summary.scope, _claimed(batch))
 
     def finish(self, key: Key, entry: Entry, missing: tuple[str, ...], now: int) -> None:
         """Call the handler, once for ever."""
@@ -72,7 +82,7 @@ class Closing:
         self._ledger.close(key, "completed", now)
 
     def _require_tolerable(self, error: BaseException) -> None:
-        limit = self._rules.max_failed_keys
+        limit = self._batch.max_poison
         if self._failed_keys > limit:
             raise systemic(self._batch.group, limit, self._batch.id, self._failed_keys, *describe(error))
 
@@ -80,7 +90,7 @@ class Closing:
         """Its deadline has passed."""
         missing = self._filling.missing(entry, self.origin)
         self._ledger.touch(key)
-        if self._filling.is_complete(entry, self.origin, required_only=True):
+        if self._filling.has_required(entry, self.origin):
             self.finish(key, entry, missing, now)
             return
         self._ledger.summary.expired += 1
@@ -99,25 +109,28 @@ class Closing:
             self._batch.count("failed_keys")
         self._ledger.close(key, status, now)
 
-    def too_late(self, record: Record, key: Key, mark: Mark) -> None:
+    def too_late(self, key: Key, mark: Mark, part: Part) -> None:
         """A part of a key that is done."""
-        self._count_late()
-        if self._rules.late == "dead_letter":
-            self._batch.fail(record, LatePartError(f"key {key!r} was {mark[0]} before it came"))
-        elif self._rules.late == "topic":
-            self._batch.emit(record, topic=self._rules.late_topic, source=record)
+        self._refuse(part, LatePartError(f"key {key!r} was {mark[0]} before it came"))
 
-    def refuse(self, key: Key, part: Part, record: Record) -> None:
-        """A part that was kept, of a key that turns out to be due before it."""
-        self._count_late()
-        if self._rules.late == "dead_letter":
-            self._dead_letter(part, LatePartError(f"key {key!r} is due before it"))
-        elif self._rules.late == "topic":
-            self._batch.emit(record, topic=self._rules.late_topic, source=record)
+    def refuse(self, key: Key, part: Part) -> None:
+        """A part that is later than its key is due, though the key waits still."""
+        self._refuse(part, LatePartError(f"key {key!r} is due before it"))
 
-    def _count_late(self) -> None:
+    def _refuse(self, part: Part, error: DjpError) -> None:
         self._ledger.summary.late += 1
         self._batch.count("late_parts")
+        if self._rules.late == "drop":
+            return
+        if self._rules.late == "topic":
+            record = part.record(self.origin)
+            try:
+                emit(self._batch, record, self._rules.late_topic, record)
+            except (MissingKeyError, InvalidEventError, EventTooLargeError) as unfit:
+                error = unfit
+            else:
+                return
+        self._dead_letter(part, error)
 
     def turn_away(self, key: Key, entry: Entry) -> None:
         """There is no room for the parts that have come with this batch."""
@@ -132,5 +145,17 @@ class Closing:
                 self._batch.count("refused_parts")
 
     def _dead_letter(self, part: Part, error: BaseException) -> None:
+        if part.is_new and self._batch.is_redrive:
+            # It is one already, and stays pending, with the new error.
+            self._batch.fail(part.record(self.origin), error)
+            return
         letter = NewDeadLetter(part.topic, self._batch.task, part.offset, part.stamp, part.raw, *describe(error))
         self._batch.effects.letters.append(letter)
+
+
+def _claimed(batch: "Batch") -> ClaimedData | None:
+    """Where the data of parts is that are not in the records, for a batch that holds none."""
+    try:
+        return ClaimedData(batch.payloads, f"of group {batch.group!r}")
+    except InvalidSettingError:
+        return None

@@ -56,8 +56,9 @@ def _repartitioned(group: str, topic: Topic, key: str, partitions: int) -> tuple
                 except MissingKeyError as error:
                     batch.fail(record, error)
                     continue
-                moved = msgspec.structs.replace(record, ext={**(record.ext or {}), "partitionkey": value})
-                batch.emit(moved, source=record)
+                # The copy is appended later; when the event happened must not change.
+                ext = {**(record.ext or {}), "partitionkey": value}
+                batch.emit(msgspec.structs.replace(record, time=record.event_time, ext=ext), source=record)
 
     pass_on.__doc__ = f"The events of {topic.name}, partitioned by {key} for {group}."
     helper = consumer(topic=topic, emits=[target], group=f"{group}-repartition-{topic.name}", code_version="1")(pass_on)

@@ -111,7 +111,8 @@ def join(
         idle_after: with ``"event_time"``, inputs silent for longer are not waited for; if all are, time goes on by
             itself.
         optional: parts without which the handler is called, too, once the deadline has passed.
-        count: how many different events a part takes, by name: a number, or the field of their data that says it.
+        count: how many different events a part takes, by name: a number, or the field of the data of the first of
+            them that says it.
         duplicates: of a part that is there already: keep the ``"first"``, the ``"last"``, or ``"all"`` as a list. The
             same event published twice counts once.
         late: what becomes of a part that comes after its key was completed or has expired: ``"drop"``,
@@ -121,7 +122,7 @@ def join(
         max_buffer_bytes: of the parts that wait, in each task; what exceeds it becomes a dead letter. A part whose data
             is in the payload store counts, and is kept, as its claim.
         repartition: copy inputs that are keyed otherwise, or into another number of partitions, to a topic of the
-            join's own; it is shown as a consumer and a topic.
+            join's own; it is shown as a consumer and a topic. Append times are those of the copies.
         emits: the topics the handler may emit to.
         max_poison: more keys than this that fail in one batch are a failure of the code, not of the data.
         group: as of `consumer`.
@@ -158,6 +159,8 @@ def join(
             raise _invalid(setting, value, f"use one of {list(allowed)}")
     if not (late in ("drop", "dead_letter") or isinstance(late, Topic)):
         raise _invalid("late", late, "use 'drop', 'dead_letter', or a Topic")
+    if optional and deadline is None:
+        raise _invalid("optional", optional, "give a deadline, or they are waited for as long as the others")
     late_topics = [late] if isinstance(late, Topic) and late not in emits else []
 
     def decorate(handler: Handler) -> Join:
@@ -175,7 +178,6 @@ def join(
             late_topic=late.name if isinstance(late, Topic) else None,
             remember_micros=_micros(remember, "remember"),
             max_buffer_bytes=parse_bytes(max_buffer_bytes, name="max_buffer_bytes"),
-            max_failed_keys=max_poison,
         )
         return Join(
             handler,

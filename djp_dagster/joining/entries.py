@@ -20,6 +20,7 @@ Status = Literal["completed", "expired", "failed"]
 _DUE, _SINCE, SUMMARY = b"d", b"p", b"s"
 NEVER = (1 << 63) - 1
 """The due time of a key without a deadline."""
+_BIAS = 1 << 63
 _fields_of = msgspec.structs.astuple
 _EVENT_FIELDS = 9
 
@@ -43,11 +44,8 @@ class Part:
     def raw(self) -> bytes:
         """The event's bytes; data that is in a payload store stays there."""
         if self._raw is None:
-            self._raw = encode_value(
-                _fields_of(self._record)[  # type: ignore[arg-type]
-                    :_EVENT_FIELDS
-                ]
-            )
+            assert self._record is not None
+            self._raw = encode_value(_fields_of(self._record)[:_EVENT_FIELDS])
         return self._raw
 
     def record(self, origin: Origin) -> Record:
@@ -59,14 +57,10 @@ class Part:
             self._record = found
         return self._record
 
-    @property
-    def identity(self) -> tuple[str, str]:
-        """What makes two events the same one, published twice."""
-        record = self.record(_NOWHERE)
-        return record.source, record.id
-
-
-_NOWHERE = Origin("", 0, 0)
+    def is_same(self, other: Record, origin: Origin) -> bool:
+        """Whether ``other`` is the same event, published twice."""
+        record = self.record(origin)
+        return record.id == other.id and record.source == other.source
 
 
 class Entry:
@@ -121,6 +115,8 @@ class Summary(msgspec.Struct):
     failed: int = 0
     late: int = 0
     wake: int | None = None
+    scope: str = ""
+    """Of the idempotency keys of its records: what a batch without records could not know."""
     watermarks: dict[str, tuple[int, int]] = {}
     """By topic: the highest event time seen, and the append time of the last record."""
 
@@ -132,19 +128,26 @@ def decode_summary(value: Mapping[str, Any] | None) -> Summary:
 
 def due_key(due: int, key: str | int) -> bytes:
     """The index key of an open key."""
-    return _DUE + due.to_bytes(8, "big") + encode_key(key)
+    return _DUE + _encode_time(due) + encode_key(key)
 
 
 def since_key(since: int, key: str | int) -> bytes:
     """The index key of a mark."""
-    return _SINCE + since.to_bytes(8, "big") + encode_key(key)
+    return _SINCE + _encode_time(since) + encode_key(key)
+
+
+def _encode_time(micros: int) -> bytes:
+    # Events may say that they happened before 1970.
+    return (micros + _BIAS).to_bytes(8, "big")
 
 
 def indexed(key: bytes) -> tuple[int, str | int]:
     """The time and the key of an index key."""
-    return int.from_bytes(key[1:9], "big"), decode_key(key[9:])  # type: ignore[return-value]
+    return int.from_bytes(key[1:9], "big") - _BIAS, decode_key(key[9:])  # type: ignore[return-value]
 
 
 DUE_RANGE = (encode_key(_DUE), encode_key(b"e"))
 SINCE_RANGE = (encode_key(_SINCE), encode_key(b"q"))
 """Where the two indexes lie among encoded keys."""
+ENTRY_RANGE = (b"", encode_key(b""))
+"""Where the keys themselves lie."""

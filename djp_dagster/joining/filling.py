@@ -21,32 +21,35 @@ class Filling:
     def __init__(self, specs: Sequence[PartSpec], duplicates: Duplicates) -> None:
         self._specs, self._duplicates = specs, duplicates
         self._required = [spec for spec in specs if not spec.optional]
+        self._names = frozenset(spec.name for spec in specs)
+        self._counts = any(spec.count is not None for spec in specs)
 
     def add(self, entry: Entry, spec: PartSpec, part: Part, record: Record) -> bool:
-        """Keep the part, unless the rules say otherwise; False if it comes twice.
-
-        Raises:
-            InvalidEventError: it must say how many events the part takes, and does not.
-        """
-        if isinstance(spec.count, str):
-            _needed(record, spec)
+        """Keep the part, unless the rules say otherwise; False if it is there already."""
         found = entry.parts.get(spec.name)
         if found is None:
             entry.parts[spec.name] = [part]
             return True
-        if any(known.identity == (record.source, record.id) for known in found):
+        if any(known.is_same(record, record.origin) for known in found):
             return False
-        if spec.count is not None or self._duplicates == "all":
+        if self._duplicates == "all" or (
+            spec.count is not None and len(found) < needed(found[0].record(record.origin), spec)
+        ):
             found.append(part)
             return True
         if self._duplicates == "last":
-            found[:] = [part]
+            found[:] = [*found[1:], part]
         return False
 
-    def is_complete(self, entry: Entry, origin: Origin, *, required_only: bool = False) -> bool:
+    def is_complete(self, entry: Entry, origin: Origin) -> bool:
         """Whether all parts are there."""
-        specs = self._required if required_only else self._specs
-        return all(_is_there(entry, spec, origin) for spec in specs)
+        if not self._names <= entry.parts.keys():
+            return False
+        return not self._counts or all(_is_there(entry, spec, origin) for spec in self._specs)
+
+    def has_required(self, entry: Entry, origin: Origin) -> bool:
+        """Whether all parts are there but optional ones."""
+        return all(_is_there(entry, spec, origin) for spec in self._required)
 
     def missing(self, entry: Entry, origin: Origin) -> tuple[str, ...]:
         """The names of the parts that are not."""
@@ -67,21 +70,24 @@ def _is_there(entry: Entry, spec: PartSpec, origin: Origin) -> bool:
     found = entry.parts.get(spec.name)
     if not found:
         return False
-    if spec.count is None:
-        return True
-    return len(found) >= _needed(found[0].record(origin), spec)
+    return spec.count is None or len(found) >= needed(found[0].record(origin), spec)
 
 
-def _needed(record: Record, spec: PartSpec) -> int:
+def is_there(records: Sequence[Record], spec: PartSpec) -> bool:
+    """Whether these records make the part whole."""
+    return bool(records) and len(records) >= needed(records[0], spec)
+
+
+def needed(record: Record, spec: PartSpec) -> int:
     """How many events the part takes.
 
     Raises:
         InvalidEventError: its data does not say.
     """
-    if isinstance(spec.count, int):
-        return spec.count
+    if not isinstance(spec.count, str):
+        return 1 if spec.count is None else spec.count
     value: Any = record.data
-    for name in str(spec.count).split("."):
+    for name in spec.count.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value

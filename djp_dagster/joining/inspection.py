@@ -1,6 +1,6 @@
 """What waits in an event buffer: listed and shown from a replica, expired by whoever holds it. Needs no declaration."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +12,7 @@ from djp_dagster.partitioning import partition_of
 from djp_dagster.processing.commands import request_command
 from djp_dagster.state.view import StateView
 from djp_dagster.streams.model import GroupInfo
-from djp_dagster.streams.records import Origin, Record
+from djp_dagster.streams.records import Origin, Record, TopicPartition
 from djp_dagster.streams.stream import EventStream
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class EventBuffer:
     def close(self) -> None:
         """Release the replica."""
         self._view.close()
+
+    @property
+    def as_of(self) -> Mapping[TopicPartition, int]:
+        """The committed offsets it is of."""
+        return self._view.as_of
 
     def __iter__(self) -> Iterator[BufferedKey]:
         """All keys, those that are done as well."""

@@ -4,16 +4,41 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from djp_dagster.errors import InvalidSettingError
+import msgspec
+
+from djp_dagster.errors import EventTooLargeError, InvalidSettingError
 from djp_dagster.events import Event
 from djp_dagster.processing.batch import Failed
-from djp_dagster.streams.records import Record
-from djp_dagster.streams.topics import Topic
+from djp_dagster.streams.records import Record, encode_event
+from djp_dagster.streams.topics import Topic, key_of
 
 if TYPE_CHECKING:
     import logging
 
     from djp_dagster.processing.batch import Batch
+
+_fields_of = msgspec.structs.astuple
+
+
+def emit(batch: "Batch", event: Event, topic: str | None, cause: Record) -> None:
+    """Emit an event that its topic takes: what it does not take is the fault of one key, and not of the batch.
+
+    Raises:
+        MissingKeyError, InvalidEventError, EventTooLargeError: the topic does not take it.
+    """
+    target = batch.effects.emits_to(event, topic).topic
+    if target.key is not None:
+        key_of(event, target.key, target.name)
+    size = len(encode_event(_fields_of(event)[: len(Event.__struct_fields__)]))
+    if size > target.max_event_bytes and target.offload_above is None:
+        raise EventTooLargeError(
+            f"event {event.id!r} has {size} bytes, topic {target.name!r} takes {target.max_event_bytes}; raise the "
+            "topic's max_event_bytes, or declare it with offload_above='64KiB'",
+            topic=target.name,
+            bytes=size,
+            limit=target.max_event_bytes,
+        )
+    batch.emit(event, topic=target.name, source=cause)
 
 
 class Joined(Mapping[str, Any]):
@@ -40,6 +65,7 @@ class Joined(Mapping[str, Any]):
         self.key, self.missing = key, missing
         self.log: logging.Logger = batch.log
         self.failure: BaseException | None = None
+        self._last: Record | None = None
 
     def __getitem__(self, name: str) -> Any:
         """The part; raises `KeyError` if it is missing: use ``get`` for those that may be."""
@@ -73,8 +99,14 @@ class Joined(Mapping[str, Any]):
         return self.records[0].append_time
 
     def emit(self, event: Event, *, topic: "str | Topic | None" = None) -> None:
-        """Publish ``event`` with the commit, once; its cause is the part that came last. See `Batch.emit`."""
-        self._batch.emit(event, topic=topic, source=self.records[-1])
+        """Publish ``event`` with the commit, once; its cause is the part that came last. See `Batch.emit`.
+
+        Raises:
+            MissingKeyError, InvalidEventError, EventTooLargeError: the topic does not take it.
+        """
+        if self._last is None:
+            self._last = self.records[-1]
+        emit(self._batch, event, topic.name if isinstance(topic, Topic) else topic, self._last)
 
     def fail(self, error: BaseException | str) -> None:
         """Send all the parts to the dead letters; nothing the handler does for this key has any effect."""

@@ -7,6 +7,7 @@ import msgspec
 
 from djp_dagster.joining.entries import (
     DUE_RANGE,
+    ENTRY_RANGE,
     NEVER,
     SINCE_RANGE,
     SUMMARY,
@@ -19,6 +20,7 @@ from djp_dagster.joining.entries import (
     since_key,
 )
 from djp_dagster.state.keys import decode_key
+from djp_dagster.streams.records import decode_value
 
 if TYPE_CHECKING:
     from djp_dagster.state.task_state import TaskState
@@ -45,7 +47,7 @@ class Ledger:
         self._state, self._max_bytes, self._remember = state, max_bytes, remember_micros
         self.summary = decode_summary(state.get(SUMMARY))
         self.entries: dict[Key, Entry | Mark | None] = {}
-        self._before: dict[Key, Entry] = {}
+        self._before: dict[Key, Entry | Mark] = {}
         self._touched: dict[Key, None] = {}
 
     def load(self, keys: Iterable[Key]) -> None:
@@ -56,24 +58,24 @@ class Ledger:
             value = found.get(key)
             entry = None if value is None else decode_entry(value)
             self.entries[key] = entry
-            if type(entry) is Entry:
-                self._before[key] = Entry(entry.due, {}, size=entry.size)
+            if entry is not None:
+                self._before[key] = Entry(entry.due, {}, size=entry.size) if type(entry) is Entry else entry
 
     def stored_dues(self) -> Iterator[bytes]:
         """The index of open keys as it was committed, in order."""
         return (key[1:] for key, _ in self._state.committed(*DUE_RANGE))
 
+    def stored_open(self) -> list[Key]:
+        """All keys that were open before this batch."""
+        found = self._state.committed(*ENTRY_RANGE)
+        opened = [encoded for encoded, raw in found if type(decode_entry(decode_value(raw))) is Entry]
+        return [decode_key(encoded) for encoded in opened]  # type: ignore[misc]
+
     def open(self, key: Key, due: int) -> Entry:
-        """Begin an entry."""
+        """Begin an entry, whatever was known of the key."""
         entry = self.entries[key] = Entry(due, {})
         self.summary.open += 1
         return entry
-
-    def reopen(self, key: Key, mark: Mark) -> None:
-        """Forget that the key was done."""
-        if self._remember is not None:
-            self._state.delete(since_key(mark[1], key))
-        self.entries[key] = None
 
     def touch(self, key: Key) -> None:
         """The key has changed, and is to be written back."""
@@ -87,58 +89,72 @@ class Ledger:
 
     def write(self) -> list[tuple[Key, Entry]]:
         """Write back what was touched; the entries for which there was no room, as they would have become."""
-        refused = []
+        opened: list[tuple[Key, Entry]] = []
         for key in self._touched:
-            entry, before = self.entries[key], self._before.get(key)
+            entry = self.entries[key]
             if type(entry) is Entry:
-                if not self._keep(key, entry, before):
-                    refused.append((key, entry))
-                    self._restore(key, entry, before)
+                opened.append((key, entry))
             elif type(entry) is tuple:
-                self._mark(key, entry, before)
-            if before is not None and before.due != NEVER and not (type(entry) is Entry and entry.due == before.due):
-                self._state.delete(due_key(before.due, key))
-        return refused
+                self._mark(key, entry)
+        # Now that there is all the room there will be.
+        return [(key, entry) for key, entry in opened if not self._keep(key, entry)]
 
-    def _keep(self, key: Key, entry: Entry, before: Entry | None) -> bool:
-        value = entry.encoded()
-        grown = entry.size - (before.size if before is not None else 0)
-        if grown > 0 and self.summary.bytes + grown > self._max_bytes:
-            return False
-        self.summary.bytes += grown
-        self._state.set(key, value)
-        if entry.due != NEVER and (before is None or before.due != entry.due):
-            self._state.set(due_key(entry.due, key), True)
-        return True
-
-    def _restore(self, key: Key, entry: Entry, before: Entry | None) -> None:
-        if before is None:
-            self.entries[key] = None
-            self.summary.open -= 1
-        else:
-            entry.due = before.due
-
-    def _mark(self, key: Key, mark: Mark, before: Entry | None) -> None:
+    def _mark(self, key: Key, mark: Mark) -> None:
         self._state.set(key, mark)
         if self._remember is not None:
             self._state.set(since_key(mark[1], key), True)
-        if before is not None:
+        self._drop_index(key)
+        before = self._before.get(key)
+        if type(before) is Entry:
             self.summary.bytes -= before.size
 
-    def forget(self, now: int) -> None:
-        """Remove marks that are older than they need be."""
+    def _keep(self, key: Key, entry: Entry) -> bool:
+        before = self._before.get(key)
+        value = entry.encoded()
+        grown = entry.size - (before.size if type(before) is Entry else 0)
+        if grown > 0 and self.summary.bytes + grown > self._max_bytes:
+            self._restore(key, entry, before)
+            return False
+        self.summary.bytes += grown
+        self._state.set(key, value)
+        if type(before) is not Entry or before.due != entry.due:
+            self._drop_index(key)
+            if entry.due != NEVER:
+                self._state.set(due_key(entry.due, key), True)
+        return True
+
+    def _drop_index(self, key: Key) -> None:
+        """What was committed of the key has an index entry no longer."""
+        before = self._before.get(key)
+        if type(before) is Entry and before.due != NEVER:
+            self._state.delete(due_key(before.due, key))
+        elif type(before) is tuple and self._remember is not None:
+            self._state.delete(since_key(before[1], key))
+
+    def _restore(self, key: Key, entry: Entry, before: Entry | Mark | None) -> None:
+        if type(before) is Entry:
+            entry.due = before.due
+        else:
+            self.entries[key] = before
+            self.summary.open -= 1
+
+    def forget(self, horizon: int) -> None:
+        """Remove marks that nothing appended after ``horizon`` can meet any more."""
         if self._remember is None:
             return
-        limit = now - self._remember
         for count, (encoded, _) in enumerate(self._state.committed(*SINCE_RANGE)):
             since, key = indexed(encoded[1:])
-            if since >= limit or count == _FORGET_PER_BATCH:
+            if self.is_remembered(since, horizon) or count == _FORGET_PER_BATCH:
                 break
             self._state.delete(decode_key(encoded))
             self.load([key])
             entry = self.entries[key]
             if type(entry) is tuple and entry[1] == since:
                 self._state.delete(key)
+
+    def is_remembered(self, since: int, at: int) -> bool:
+        """Whether a mark made then still counts for what was appended ``at``."""
+        return self._remember is None or at <= since + self._remember
 
     def write_summary(self) -> None:
         """Write the summary back."""

@@ -68,7 +68,10 @@ def _is_number(count: int | str) -> bool:
 
 def _require_distinct(specs: Sequence[PartSpec]) -> None:
     kinds: dict[str, list[str | None]] = {}
+    topics: dict[str, Topic] = {}
     for spec in specs:
+        if topics.setdefault(spec.topic.name, spec.topic) != spec.topic:
+            raise _invalid("inputs", spec.topic, f"topic {spec.topic.name!r} is declared twice and differently")
         kinds.setdefault(spec.topic.name, []).append(spec.kind)
     for topic, found in kinds.items():
         if len(found) > 1 and (None in found or len(set(found)) < len(found)):

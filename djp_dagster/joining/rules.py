@@ -31,4 +31,3 @@ class JoinRules(msgspec.Struct, frozen=True):
     late_topic: str | None
     remember_micros: int | None
     max_buffer_bytes: int
-    max_failed_keys: int

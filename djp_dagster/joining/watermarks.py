@@ -26,8 +26,9 @@ class Watermark:
         """A record of ``topic`` was appended at ``stamp``."""
         if not self._seen:
             self._seen.update(dict.fromkeys(self._topics, (_NOTHING, stamp)))
-        highest, _ = self._seen.get(topic, (_NOTHING, stamp))
-        self._seen[topic] = (max(highest, event_micros), stamp)
+        highest, last = self._seen.get(topic, (_NOTHING, stamp))
+        # What is redriven was seen before, and says nothing of what its input does now.
+        self._seen[topic] = (max(highest, event_micros), max(last, stamp))
 
     def at(self, now: int) -> int:
         """Where it is at append time ``now``."""
@@ -39,8 +40,11 @@ class Watermark:
             return _NOTHING
         return highest + now - max(last for _, last in self._seen.values())
 
-    def next_look(self, due: int, now: int) -> int:
-        """When it will pass ``due``, or may, if nothing more comes."""
-        last = max((last for _, last in self._seen.values()), default=now)
-        idle_from = last + self._idle + 1
-        return idle_from if now < idle_from else now + max(due - self.at(now), 0) + 1
+    def passes(self, due: int) -> int:
+        """The append time at which it passes ``due`` if nothing more comes; or has, if something has just come."""
+        lasts = [last for _, last in self._seen.values()]
+        newest = max(lasts, default=due)
+        for moment in (newest, *sorted(last + self._idle + 1 for last in lasts)):
+            if moment >= newest and self.at(moment) > due:
+                return moment
+        return newest + due - max((highest for highest, _ in self._seen.values()), default=newest) + 1

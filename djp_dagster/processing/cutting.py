@@ -87,7 +87,9 @@ def cut_aligned(
     before = tuple(Range(part.topic, part.partition, part.start, end) for part, end in cut if end > part.start)
     if before:
         return before, moment - 1
-    at = min(at for at, offset in positions.items() if log.append_time_of(at, offset) == moment)
+    at = min((at for at, offset in positions.items() if log.append_time_of(at, offset) == moment), default=None)
+    if at is None:
+        return (), 0  # retention has just removed it
     # If that one must not be read yet, neither may others: it comes first.
     end = min(until.get(at, positions[at]), log.offset_at(at, moment + 1))
     return cut_ranges(log, {at: positions[at]}, {at: end}, bound), moment - 1
