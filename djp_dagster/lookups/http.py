@@ -39,6 +39,7 @@ _LONGEST_URL = 4000
 """Some servers take no more than 4094 bytes in the first line of a request."""
 _SHORTEST_S = 0.001
 _LITTLE = 1 << 16
+_LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
 
 
 class HttpSettings(msgspec.Struct, frozen=True, kw_only=True, repr_omit_defaults=True):
@@ -158,7 +159,8 @@ class HttpService:
             transport=transport,
             limits=httpx.Limits(max_connections=None),
         )
-        logging.getLogger("httpx").addFilter(_hush)
+        for logger in _LOGGERS:
+            logging.getLogger(logger).addFilter(_hush)
 
     def close(self) -> None:
         """Close its connections."""
@@ -410,7 +412,7 @@ _here = threading.local()
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Within the block httpx does not log this thread's requests: it would log URLs, with what is secret in them."""
+    """Within the block this thread's requests are not logged: URLs and the headers of answers hold what is secret."""
     _here.quiet = True
     try:
         yield

@@ -127,6 +127,11 @@ class ScriptedHttp:
         """Where clients connect."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def open_connections(self) -> int:
+        """How many are."""
+        return self._listener.alive()
+
     def script(self, *answers: Answer | Responder) -> None:
         """Answer the next requests like this, one each."""
         with self._changed:
@@ -211,6 +216,11 @@ class _Listener(ThreadingTCPServer):
         error = sys.exc_info()[1]
         if error is not None and not isinstance(error, OSError):
             self.errors.append(error)
+
+    def alive(self) -> int:
+        """How many connections there are."""
+        with self._lock:
+            return sum(worker.is_alive() for worker in self._links.values())
 
     def cut_all(self) -> None:
         """Cut every connection and wait for its thread."""
