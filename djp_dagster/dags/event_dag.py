@@ -165,8 +165,8 @@ def _with_helpers(consumers: Sequence[Consumer]) -> Iterator[Consumer]:
 
 
 def _topics_of(name: str, consumers: Sequence[Consumer], sources: Sequence[Topic]) -> dict[str, Topic]:
-    topics: dict[str, Topic] = {}
     named = [topic for consumer in consumers for topic in (*consumer.topics, *consumer.emits)]
+    topics: dict[str, Topic] = {}
     for topic in (*named, *sources):
         if topics.setdefault(topic.name, topic) != topic:
             raise EventDagError(
@@ -174,7 +174,7 @@ def _topics_of(name: str, consumers: Sequence[Consumer], sources: Sequence[Topic
                 f"and {topic}; share one declaration",
                 topic=topic.name,
             )
-    return topics
+    return {topic.name: topic for topic in named}
 
 
 def _owners(name: str, consumers: Sequence[Consumer]) -> dict[str, Consumer]:

@@ -18,7 +18,7 @@ TASKS = 2
 A, B, C = PARTS = tuple(Topic(name, partitions=TASKS, key="k") for name in "abc")
 OUT = Topic("out", partitions=TASKS, key="k")
 LATE = Topic("late", partitions=TASKS, key="k")
-Handler = Callable[[Joined], Any]
+Handler = Callable[..., Any]
 
 
 def tell(parts: Joined) -> None:

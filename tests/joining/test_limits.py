@@ -192,6 +192,18 @@ class TestPayloads:
         assert errors(stream) == {}
         assert len(completed(stream)) == 20
 
+    def test_a_duplicate_of_what_waits_takes_nothing_from_it(
+        self, stream: EventStream, clock: Clock, tmp_path: Path
+    ) -> None:
+        join = self.join()
+        join.register(stream)
+        publish(stream, clock, part(HEAVY, "x", text=TEXT))
+        work(stream, join, tmp_path / "state")
+        # In one batch with what completes the key.
+        publish(stream, clock, part(HEAVY, "x", text=TEXT), part(OTHER, "x", text=TEXT))
+        work(stream, join, tmp_path / "state")
+        assert completed(stream) == {"x": ["heavy", "other"]}
+
     @pytest.mark.parametrize("how", ["deadline", "command"])
     def test_a_batch_without_records_loads_too(
         self, stream: EventStream, clock: Clock, tmp_path: Path, how: str
