@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,6 +108,14 @@ class Consumer:
         spans = stream.log.spans([topic.name for topic in self.topics])
         return {at: span.end for at, span in spans.items()}
 
+    def present(self, stream: EventStream, tasks: Collection[int], now: int) -> int:
+        """Up to when deadlines may fire: now; of a follower, the moment up to which the live group has fired its own.
+
+        So it fires, without effect, what the live group has fired with effect, whatever the clock says, and leaves the
+        rest to whichever of them is live then.
+        """
+        return now if self.follows is None else min(now, fired_up_to(stream, self.follows, tasks))
+
     def following(self, suffix: str) -> "Consumer":
         """The same consumer as a group of its own, which follows the live one and has no effect but on its state."""
         follower = copy.copy(self)
@@ -133,9 +141,15 @@ class Consumer:
     def register(self, stream: EventStream) -> GroupInfo:
         """Make the consumer's topics and group exist in the stream; changes nothing if they do.
 
+        Another version of a group is not made by the way: it may have been promoted, and must not come back as an
+        empty one. `djp_dagster.versions.follow` makes it.
+
         Raises:
             TopicMismatchError, GroupMismatchError: they exist otherwise than declared.
+            UnknownGroupError: there is no such other version.
         """
+        if self.follows is not None:
+            return stream.coordinator.group(self.group)
         for topic in (*self.topics, *self.emits):
             stream.create_topic(topic)
         return stream.coordinator.ensure_group(
@@ -163,6 +177,13 @@ class Consumer:
                 value=missing,
             )
         return {name: given[name] for name in self.resource_names}
+
+
+def fired_up_to(stream: EventStream, group: str, tasks: Collection[int]) -> int:
+    """The moment up to which the group has fired what was due; 0 before its first batch."""
+    fired = min(info.fired_micros for info in stream.coordinator.tasks(group) if info.task in tasks)
+    left = stream.coordinator.next_deadline(group, sorted(tasks))
+    return fired if left is None else min(fired, left - 1)
 
 
 def bytecode(handler: Handler) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, get_args
 
-CrashPoint = Literal[
+BatchCrashPoint = Literal[
     "1.leased",
     "2.intent",
     "3.reading",
@@ -18,7 +18,13 @@ CrashPoint = Literal[
 ]
 """Each is reached right after the step it names (or, for reading and handling, in its middle)."""
 
-CRASH_POINTS: tuple[CrashPoint, ...] = get_args(CrashPoint)
+VersionCrashPoint = Literal["v.frozen", "v.caught_up", "v.swapped"]
+"""Those of a promotion, see `djp_dagster.versions`."""
+
+CrashPoint = BatchCrashPoint | VersionCrashPoint
+
+CRASH_POINTS: tuple[BatchCrashPoint, ...] = get_args(BatchCrashPoint)
+VERSION_CRASH_POINTS: tuple[VersionCrashPoint, ...] = get_args(VersionCrashPoint)
 
 _hook: Callable[[CrashPoint], None] | None = None
 

@@ -66,7 +66,8 @@ class Handling:
         self._state_folder = state_folder
         self._views: dict[str, StateView] = {}
         self._fresh: set[str] = set()
-        self._scope = f"{stream.incarnation[:12]}/{consumer.group}"
+        # Keys of idempotent calls are those of the live version: what it has done need not be done again.
+        self._scope = f"{stream.incarnation[:12]}/{consumer.follows or consumer.group}"
 
     def close(self) -> None:
         """Release the replicas that handlers have read."""

@@ -59,8 +59,8 @@ class Holding:
 
     @property
     def next_due_micros(self) -> int | None:
-        """When the next deadline of the leased tasks is due."""
-        return self._next_due
+        """When the next deadline of the leased tasks is due; None for a follower, whose deadlines await others."""
+        return self._next_due if self._consumer.follows is None else None
 
     def finish_open(self) -> list[BatchReport]:
         """Do the batches found open when the lease was taken."""
@@ -103,15 +103,17 @@ class Holding:
             ranges, horizon = cut_aligned(self._log, positions, until, bound)
         else:
             ranges, horizon = cut_ranges(self._log, positions, until, bound), 0
-        now = self._log.now_micros()
+        now = present = self._log.now_micros()
         fired: tuple[Deadline, ...] = ()
         if self._next_due is not None and self._next_due <= now:
-            due = self._coordinator.due_deadlines(self.lease.group, sorted(wanted), now, _MAX_DEADLINES)
+            present = self._consumer.present(self._stream, wanted, now)
+            due = self._coordinator.due_deadlines(self.lease.group, sorted(wanted), present, _MAX_DEADLINES)
             fired = deadlines_within(self._log, due, positions, ranges)
         if fired and len(wanted) == 1:
             # Whoever swept by deadlines one by one would need a batch for each; this says how far all is read.
             unread = read_up_to(self._log, positions, ranges)
             horizon = max(horizon, now if unread is None else min(now, unread - 1))
+            horizon = horizon if present == now else min(horizon, present)
         if not ranges and not fired:
             return None
         return Intent(

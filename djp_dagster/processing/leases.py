@@ -5,6 +5,7 @@ away is tried again at once: the lease is lost only if somebody else takes it. I
 the lease runs out within one time to live.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
-from djp_dagster.errors import FencedError, TransientError
+from djp_dagster.errors import FencedError, TransientError, UnknownGroupError
 from djp_dagster.streams.contracts import Coordinator
 from djp_dagster.streams.model import Lease
 
@@ -62,7 +63,8 @@ class LeaseKeeper:
             for lease in self._snapshot():
                 self._coordinator.release(lease)
             for group in self._joined:
-                self._coordinator.leave(group, self.owner)
+                with contextlib.suppress(UnknownGroupError):
+                    self._coordinator.leave(group, self.owner)
         except TransientError as outage:
             _log.warning("what %s holds runs out by itself: %s", self.owner, outage)
 
@@ -74,19 +76,23 @@ class LeaseKeeper:
         self.replaced |= joined.asked_to_leave
         return joined.members
 
+    def part_from(self, group: str) -> None:
+        """Say no more that this owner is there, for the group itself is not."""
+        with self._lock:
+            self._joined.pop(group, None)
+
     def acquire(self, group: str, tasks: Sequence[int] | None = None) -> Lease:
         """Lease the tasks, and keep them; raises `LeaseBusyError`."""
-        lease = self._coordinator.acquire(group, tasks, self.owner, self.ttl_s)
+        return self._keep(self._coordinator.acquire(group, tasks, self.owner, self.ttl_s))
+
+    def _keep(self, lease: Lease) -> Lease:
         with self._lock:
-            self._held.update({(group, task): epoch for task, epoch in lease.epochs.items()})
+            self._held.update({(lease.group, task): epoch for task, epoch in lease.epochs.items()})
         return lease
 
     def take_over(self, group: str) -> Lease:
         """Lease all tasks, whoever holds them, and keep them."""
-        lease = self._coordinator.take_over(group, self.owner, self.ttl_s)
-        with self._lock:
-            self._held.update({(group, task): epoch for task, epoch in lease.epochs.items()})
-        return lease
+        return self._keep(self._coordinator.take_over(group, self.owner, self.ttl_s))
 
     def release(self, lease: Lease) -> None:
         """Stop keeping the lease and give it back."""

@@ -14,7 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from djp_dagster.errors import DjpError, FencedError, LeaseBusyError, RetriesExhaustedError, TransientError
+from djp_dagster.errors import (
+    DjpError,
+    FencedError,
+    LeaseBusyError,
+    RetriesExhaustedError,
+    TransientError,
+    UnknownGroupError,
+)
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.holding import Holding, OnReport
@@ -59,7 +66,8 @@ class Worker:
     """Runs consumers until told to stop.
 
     A consumer that gives up (`RetriesExhaustedError`), or finds more poison than it may skip, pauses, longer each time,
-    while the others go on; its offsets stay.
+    while the others go on; its offsets stay. One that followed a live group is done with once it has been promoted, or
+    abandoned; who has nothing else to do ends.
 
     Args:
         stream: the stream; topics and groups are created when missing.
@@ -124,7 +132,7 @@ class Worker:
 
     def _loop(
         self,
-        members: Sequence[_Member],
+        members: list[_Member],
         keeper: LeaseKeeper,
         watcher: Watcher,
         stop: threading.Event,
@@ -132,7 +140,7 @@ class Worker:
         share_at = requests_at = 0.0
         tidy_at = time.monotonic() + _TIDY_EVERY_S
         eager_until = 0.0
-        while not _ends(keeper, stop):
+        while members and not _ends(keeper, stop):
             now = time.monotonic()
             try:
                 if now >= share_at:
@@ -167,24 +175,36 @@ class Worker:
             left = min(left, max((soonest - self._stream.log.now_micros()) / 1e6, 0.001))
         return left
 
-    def _share(self, members: Sequence[_Member], keeper: LeaseKeeper) -> None:
+    def _share(self, members: list[_Member], keeper: LeaseKeeper) -> None:
         """Take free tasks up to an even share; give away what exceeds it."""
-        coordinator = self._stream.coordinator
-        for member in members:
-            group, paused = member.consumer.group, time.monotonic() < member.paused_until
-            wanting = keeper.join(group, paused=paused)
-            if paused:
-                continue
-            self._replaces = tuple(name for name in self._replaces if self._ask_to_leave(name))
-            share = -(-member.tasks // max(wanting, 1))
-            while sum(map(len, member.held)) > share and len(member.held) > 1:
-                self._give_back(member, keeper, max(member.held))
-            mine = {task for tasks in member.held for task in tasks}
-            for info in coordinator.tasks(group):
-                if sum(map(len, member.held)) >= share:
-                    break
-                if info.task not in mine and (info.worth_asking or info.owner == self.owner):
-                    self._take(member, keeper, info.task)
+        for member in list(members):
+            try:
+                self._share_one(member, keeper)
+            except UnknownGroupError as error:
+                if member.consumer.follows is None:
+                    raise
+                _log.info("the version that %s worked for is there no more: %s", self.owner, error)
+                for tasks in list(member.held):
+                    self._let_go(member, keeper, tasks)
+                keeper.part_from(member.consumer.group)
+                members.remove(member)
+                self._consumers = tuple(one for one in self._consumers if one is not member.consumer)
+
+    def _share_one(self, member: _Member, keeper: LeaseKeeper) -> None:
+        group, paused = member.consumer.group, time.monotonic() < member.paused_until
+        wanting = keeper.join(group, paused=paused)
+        if paused:
+            return
+        self._replaces = tuple(name for name in self._replaces if self._ask_to_leave(name))
+        share = -(-member.tasks // max(wanting, 1))
+        while sum(map(len, member.held)) > share and len(member.held) > 1:
+            self._give_back(member, keeper, max(member.held))
+        mine = {task for tasks in member.held for task in tasks}
+        for info in self._stream.coordinator.tasks(group):
+            if sum(map(len, member.held)) >= share:
+                break
+            if info.task not in mine and (info.worth_asking or info.owner == self.owner):
+                self._take(member, keeper, info.task)
 
     def _ask_to_leave(self, name: str) -> bool:
         """Whether any such worker is still there, in any group."""
@@ -236,7 +256,7 @@ class Worker:
                 continue
             try:
                 worked |= self._serve_tasks(member, keeper, tasks, ask)
-            except FencedError as error:
+            except (FencedError, UnknownGroupError) as error:
                 _log.info("%s", error)
                 self._let_go(member, keeper, tasks)
             except DjpError as error:

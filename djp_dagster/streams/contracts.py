@@ -198,13 +198,15 @@ class Coordinator(Protocol):
         """The known snapshots of the task's changelog, newest first."""
 
     def take_over(self, group: str, owner: str, ttl_s: float) -> Lease:
-        """Lease all tasks, whoever holds them: their holders are fenced. Open batches stay open."""
+        """Lease all tasks, whoever holds them: their holders are fenced. Open batches stay open, and count no death."""
 
     def swap(self, live: Lease, follower: Lease, *, becomes: str) -> None:
-        """Give the name of the ``live`` group to the ``follower``, and ``becomes`` to the former: at once, or not.
+        """Exchange what came of two groups, all of it at once or nothing; the ``follower`` is then called ``becomes``.
 
-        Changelogs are renamed with them, open batches are void, outputs and their readers change over, all epochs are
-        raised, and nobody holds a task of either any more. A third group that was called ``becomes`` is deleted.
+        That is their changelogs, snapshots, deadlines, dead letters and code versions. Outputs with their readers,
+        requests and members stay, and offsets are equal. What the live group had discarded stays discarded. Open
+        batches are void, all epochs are raised, and nobody holds a task of either any more. A third group that was
+        called ``becomes`` is deleted.
 
         Raises:
             FencedError: a lease was lost; nothing changed.

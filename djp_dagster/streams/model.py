@@ -110,13 +110,20 @@ class TrimReport(msgspec.Struct, frozen=True):
 
 
 class GroupSpec(msgspec.Struct, frozen=True):
-    """The declaration of a consumer group."""
+    """The declaration of a consumer group.
+
+    Attributes:
+        version_of: the group of which this is another version: it begins where the state of that one has begun.
+        from_what_is_left: though retention may have removed some of it.
+    """
 
     name: str
     topics: tuple[str, ...]
     start: Start = "earliest"
     stateful: bool = False
     code_version: str | None = None
+    version_of: str | None = None
+    from_what_is_left: bool = False
 
 
 class GroupInfo(msgspec.Struct, frozen=True):
@@ -136,6 +143,7 @@ class TaskInfo(msgspec.Struct, frozen=True):
     Attributes:
         worth_asking: `Coordinator.acquire` may grant it: nobody holds it, the lease has run out, or it claims to live
             longer than a lease can, so that the store's clock must have gone back.
+        fired_micros: the moment of its last batch: what was due before then and is there no more, has been fired.
     """
 
     task: int
@@ -145,6 +153,7 @@ class TaskInfo(msgspec.Struct, frozen=True):
     worth_asking: bool
     last_batch: str | None
     last_attempt: int
+    fired_micros: int
 
 
 class MemberInfo(msgspec.Struct, frozen=True):
@@ -224,11 +233,13 @@ class GroupView(msgspec.Struct, frozen=True):
         positions: the committed offsets.
         changelog: the end of each task's changelog.
         backlog: what is pending.
+        identity: of the changelog; a seek, or another version of the group, puts another one in its place.
     """
 
     positions: Mapping[TopicPartition, int]
     changelog: Mapping[int, int]
     backlog: Backlog
+    identity: str | None = None
 
 
 class Poison(msgspec.Struct, frozen=True, array_like=True):

@@ -94,6 +94,7 @@ class TopicCatalog:
         self._database = database
         self._known: dict[str, tuple[int, TopicInfo]] = {}
         self._names: dict[int, str] = {}
+        self._forgotten = 0
 
     def create(self, topic: Topic) -> TopicInfo:
         """Create the topic, or return it if it was declared alike.
@@ -156,6 +157,7 @@ class TopicCatalog:
     def _entry(self, name: str) -> tuple[int, TopicInfo]:
         entry = self._known.get(name)
         if entry is None:
+            before = self._forgotten
             with self._database.read() as connection:
                 entry = self._load(connection, name)
             if entry is None:
@@ -164,8 +166,9 @@ class TopicCatalog:
                     f"stream.create_topic(Topic({name!r}, ...))",
                     topic=name,
                 )
-            self._known[name] = entry
-            self._names[entry[0]] = name
+            if self._forgotten == before:  # else it may be what another thread has just been told to forget
+                self._known[name] = entry
+                self._names[entry[0]] = name
         return entry
 
     def get(self, name: str) -> TopicInfo:
@@ -235,6 +238,7 @@ class TopicCatalog:
 
     def forget(self, name: str) -> None:
         """Drop the topic from the cache."""
+        self._forgotten += 1
         entry = self._known.pop(name, None)
         if entry is not None:
             self._names.pop(entry[0], None)

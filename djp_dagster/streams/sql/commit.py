@@ -39,7 +39,14 @@ _mark_task = Prepared(
         _tasks.c.epoch == sa.bindparam("of_epoch"),
         _tasks.c.owner == sa.bindparam("of_owner"),
     )
-    .values(last_batch=sa.bindparam("b"), last_attempt=sa.bindparam("a"), last_epoch=sa.bindparam("of_epoch"))
+    .values(
+        last_batch=sa.bindparam("b"),
+        last_attempt=sa.bindparam("a"),
+        last_epoch=sa.bindparam("of_epoch"),
+        fired_micros=sa.case(
+            (_tasks.c.fired_micros < sa.bindparam("now"), sa.bindparam("now")), else_=_tasks.c.fired_micros
+        ),
+    )
 )
 _move_position = Prepared(
     sa.update(_positions)
@@ -74,7 +81,7 @@ class SqlCommits(SqlLeases):
         """See `Coordinator.begin`."""
         values = {
             "batch_id": intent.batch_id,
-            "group_id": self.id_of(lease.group),
+            "group_id": self.id_under(lease),
             "attempt": intent.attempt,
             "running": intent.running,
             "body": encode_json(intent).decode(),
@@ -99,7 +106,7 @@ class SqlCommits(SqlLeases):
             self._save(connection, lease, intent)
 
     def _load(self, connection: Connection, lease: Lease, batch_id: str) -> Intent:
-        row = connection.execute(_select_intent, {"b": batch_id, "g": self.id_of(lease.group)}).one_or_none()
+        row = connection.execute(_select_intent, {"b": batch_id, "g": self.id_under(lease)}).one_or_none()
         if row is None:
             raise fenced(lease)
         return decode_intent(row.body)
@@ -107,7 +114,7 @@ class SqlCommits(SqlLeases):
     def _save(self, connection: Connection, lease: Lease, intent: Intent) -> None:
         parameters = {
             "b": intent.batch_id,
-            "g": self.id_of(lease.group),
+            "g": self.id_under(lease),
             "to_attempt": intent.attempt,
             "to_running": intent.running,
             "to_body": encode_json(intent).decode(),
@@ -117,7 +124,7 @@ class SqlCommits(SqlLeases):
 
     def commit(self, commit: Commit) -> list[Appended]:
         """See `Coordinator.commit`."""
-        group_id = self.id_of(commit.lease.group)
+        group_id = self.id_under(commit.lease)
         with self.database.write() as connection:
             self._mark_tasks(connection, group_id, commit)
             if commit.output is not None:
@@ -136,6 +143,7 @@ class SqlCommits(SqlLeases):
 
     def _mark_tasks(self, connection: Connection, group_id: int, commit: Commit) -> None:
         lease, intent = commit.lease, commit.intent
+        now = intent.now_micros if intent.kind == "cut" and intent.command is None else 0
         parameters = [
             {
                 "g": group_id,
@@ -144,6 +152,7 @@ class SqlCommits(SqlLeases):
                 "of_owner": lease.owner,
                 "b": intent.batch_id,
                 "a": intent.attempt,
+                "now": now,
             }
             for task in sorted(intent.tasks)
         ]
@@ -235,7 +244,7 @@ class SqlCommits(SqlLeases):
     def settle(self, commit: Commit) -> bool:
         """See `Coordinator.settle`."""
         lease, intent = commit.lease, commit.intent
-        group_id = self.id_of(lease.group)
+        group_id = self.id_under(lease)
         query = (
             sa.select(_tasks)
             .where(_tasks.c.group_id == group_id, _tasks.c.task.in_(sorted(intent.tasks)))

@@ -13,6 +13,7 @@ from djp_dagster.errors import (
     InvalidSettingError,
     LeaseBusyError,
     OffsetOutOfRangeError,
+    StateLostError,
     UnknownGroupError,
     UnknownTopicError,
 )
@@ -112,7 +113,9 @@ class SqlGroups:
     def _row_in(self, connection: Connection, name: str) -> sa.Row[Any]:
         row = connection.execute(sa.select(_groups).where(_groups.c.name == name)).one_or_none()
         if row is None:
+            # Deleted, or called otherwise now: so is its changelog.
             self._ids.pop(name, None)
+            self.log.catalog.forget(changelog_of(name))
             raise UnknownGroupError(
                 f"consumer group {name!r} does not exist in stream {self.database.label}; "
                 "it is created when its consumer first runs, or with consumer.register(stream)",
@@ -171,19 +174,34 @@ class SqlGroups:
                 "created_micros": now,
             }
             group_id = new_id(connection.execute(sa.insert(_groups).values(values)))
-            connection.execute(
-                sa.insert(_positions),
-                [
-                    {
-                        "group_id": group_id,
-                        "topic_id": part.topic_id,
-                        "partition": part.partition,
-                        "committed": self._start_of(connection, part, spec.start),
-                    }
-                    for part in parts
-                ],
-            )
+            rows = [
+                {"group_id": group_id, "topic_id": part.topic_id, "partition": part.partition, "begun": start}
+                for part, start in self._starts(connection, parts, spec)
+            ]
+            connection.execute(sa.insert(_positions), [row | {"committed": row["begun"]} for row in rows])
             connection.execute(sa.insert(_tasks), [_new_task(group_id, task) for task in range(tasks)])
+
+    def _starts(
+        self, connection: Connection, parts: Sequence[sa.Row[Any]], spec: GroupSpec
+    ) -> list[tuple[sa.Row[Any], int]]:
+        """Where a new group begins, or, of another version of a group, where the state of that one has begun."""
+        if spec.version_of is None:
+            return [(part, self._start_of(connection, part, spec.start)) for part in parts]
+        query = sa.select(_positions).where(_positions.c.group_id == self._id_in(connection, spec.version_of))
+        begun = {(row.topic_id, row.partition): row.begun for row in connection.execute(query)}
+        starts = [(part, begun[part.topic_id, part.partition]) for part in parts]
+        for part, start in starts:
+            if start < part.begin_offset and not spec.from_what_is_left:
+                topic = self.log.catalog.name_of(part.topic_id)
+                raise StateLostError(
+                    f"the state of {spec.version_of!r} cannot be made anew: it began at offset {start} of {topic!r} "
+                    f"partition {part.partition}, and retention has removed what was before {part.begin_offset}; to "
+                    "make it of what is left, say from_what_is_left=True",
+                    topic=topic,
+                    partition=part.partition,
+                    begin=part.begin_offset,
+                )
+        return [(part, max(start, part.begin_offset)) for part, start in starts]
 
     def _start_of(self, connection: Connection, part: sa.Row[Any], start: Start) -> int:
         if start == "earliest":
@@ -296,6 +314,8 @@ class SqlGroups:
                 # Nothing of an open batch has been committed, and with its epoch gone nothing of it can be.
                 connection.execute(sa.delete(_intents).where(_intents.c.group_id == group_id))
                 if reset_state:
+                    begin = sa.update(_positions).where(_positions.c.group_id == group_id)
+                    connection.execute(begin.values(begun=_positions.c.committed))
                     for table in (schema.deadlines, schema.snapshots):
                         connection.execute(sa.delete(table).where(table.c.group_id == group_id))
                     self.log.catalog.empty_in(connection, changelog_of(group))
@@ -355,6 +375,7 @@ def _new_task(group_id: int, task: int) -> dict[str, object]:
         "last_batch": None,
         "last_attempt": 0,
         "last_epoch": 0,
+        "fired_micros": 0,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from djp_dagster.errors import FencedError, InvalidSettingError, LeaseBusyError
+from djp_dagster.errors import FencedError, InvalidSettingError, LeaseBusyError, UnknownGroupError
 from djp_dagster.streams.model import Intent, Lease, MemberInfo, Membership, TaskInfo
 from djp_dagster.streams.sql import schema
 from djp_dagster.streams.sql.groups import SqlGroups, busy_error, decode_intent, is_held, open_intents, task_rows
@@ -79,6 +79,7 @@ class SqlLeases(SqlGroups):
                 worth_asking=not is_held(row, now) or row.expires_micros - now > row.ttl_micros,
                 last_batch=row.last_batch,
                 last_attempt=row.last_attempt,
+                fired_micros=row.fired_micros,
             )
             for row in found
         ]
@@ -147,13 +148,20 @@ class SqlLeases(SqlGroups):
     def prolong(self, connection: Connection, lease: Lease, now: int) -> None:
         """Prolong the lease within a transaction; raises `FencedError`."""
         until = now + round(lease.ttl_s * 1e6)
-        group_id = self.id_of(lease.group)
+        group_id = self.id_under(lease)
         parameters = [
             {"g": group_id, "of_task": task, "of_epoch": epoch, "of_owner": lease.owner, "until": until}
             for task, epoch in sorted(lease.epochs.items())
         ]
         if _prolong.run_each(connection, parameters) != len(parameters):
             raise fenced(lease)
+
+    def id_under(self, lease: Lease) -> int:
+        """The number of the leased group; raises `FencedError` if there is none of that name any more."""
+        try:
+            return self.id_of(lease.group)
+        except UnknownGroupError as error:
+            raise fenced(lease) from error
 
     def release(self, lease: Lease) -> None:
         """See `Coordinator.release`."""
@@ -168,7 +176,10 @@ class SqlLeases(SqlGroups):
             )
             .values(owner=None, expires_micros=0)
         )
-        group_id = self.id_of(lease.group)
+        try:
+            group_id = self.id_under(lease)
+        except FencedError:
+            return
         parameters = [
             {"g": group_id, "of_task": task, "of_epoch": epoch} for task, epoch in sorted(lease.epochs.items())
         ]

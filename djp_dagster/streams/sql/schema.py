@@ -1,4 +1,4 @@
-"""The tables. Format version 3.
+"""The tables. Format version 4.
 
 Record batches are rows of ``record_batches``: one per append and partition, with the cumulative byte count, so that
 "how much and how old is what has piled up" is an index look-up. JSON columns are text, for whoever opens the file.
@@ -17,7 +17,7 @@ from sqlalchemy import (
     Text,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 metadata = MetaData()
 # SQLite numbers rows itself only in an INTEGER primary key.
@@ -122,6 +122,7 @@ positions = Table(
     Column("group_id", BigInteger, primary_key=True),
     Column("topic_id", BigInteger, primary_key=True),
     Column("partition", Integer, primary_key=True),
+    Column("begun", BigInteger, nullable=False),
     Column("committed", BigInteger, nullable=False),
     sqlite_with_rowid=False,
 )
@@ -138,6 +139,7 @@ tasks = Table(
     Column("last_batch", String(64)),
     Column("last_attempt", Integer, nullable=False),
     Column("last_epoch", BigInteger, nullable=False),
+    Column("fired_micros", BigInteger, nullable=False),
     sqlite_with_rowid=False,
 )
 

@@ -41,7 +41,7 @@ class SqlSnapshots(SqlCommits):
     def add_snapshot(self, lease: Lease, snapshot: NewSnapshot, *, keep: int) -> None:
         """See `Coordinator.add_snapshot`."""
         task, changelog_id = snapshot.task, self.log.catalog.id_of(changelog_of(lease.group))
-        group_id = self.id_of(lease.group)
+        group_id = self.id_under(lease)
         mine = (_snapshots.c.group_id == group_id, _snapshots.c.task == task)
         values = {
             "group_id": group_id,
@@ -76,7 +76,7 @@ class SqlSnapshots(SqlCommits):
         self._forget_changelog(group)
         topics = schema.topics
         ends = (
-            sa.select(_parts.c.partition, _parts.c.end_offset)
+            sa.select(_parts.c.topic_id, _parts.c.partition, _parts.c.end_offset)
             .join(topics, topics.c.topic_id == _parts.c.topic_id)
             .where(topics.c.name == changelog_of(group))
             .order_by(_parts.c.partition)
@@ -89,11 +89,12 @@ class SqlSnapshots(SqlCommits):
         )
         with self.database.snapshot() as connection:
             rows = self._rows_of(connection, query, group)
-            changelog = {row.partition: row.end_offset for row in connection.execute(ends)}
+            found = connection.execute(ends).all()
             backlog = self.backlog_in(connection, group)
         name_of = self.log.catalog.name_of
         positions = {TopicPartition(name_of(row.topic_id), row.partition): row.committed for row in rows}
-        return GroupView(positions, changelog, backlog)
+        changelog = {row.partition: row.end_offset for row in found}
+        return GroupView(positions, changelog, backlog, str(found[0].topic_id) if found else None)
 
 
 def _snapshot(row: Any) -> Snapshot:
