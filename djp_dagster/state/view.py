@@ -7,11 +7,11 @@ brought up to date is there for the others. How it is brought up to date:
 1. **Ask** for committed offsets, changelog ends and backlog, as of one moment.
 2. **Catch up** each task's file to these ends, as `djp_dagster.state.store` does.
    *Another process is quicker:* its changes stand; this one goes on from where that one is.
-3. **Note** the offsets in each file, if it is where step 1 says. A file that has gone further was noted by whoever took
+   *A seek has replaced the changelog since step 1:* all is asked again.
+3. **Note** the offsets in each file, if it is where step 1 says. A file that has gone further is noted by whoever took
    it there.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from djp_dagster.errors import InvalidSettingError, OffsetOutOfRangeError, StaleReadError, StateMismatchError
+from djp_dagster.errors import InvalidSettingError, StaleReadError, StateMismatchError
 from djp_dagster.partitioning import partition_of
 from djp_dagster.state.keys import StateKey, decode_key, encode_key, key_range
 from djp_dagster.state.store import TaskStore
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from djp_dagster.processing.consumer import Consumer
 
-_log = logging.getLogger(__name__)
-_TRIES = 20
 _LOOK_EVERY_S = 0.05
 
 
@@ -53,7 +51,8 @@ class StateView:
         folder: where replicas lie (``$DJP_STATE_FOLDER``, else ``.djp/state``).
 
     Attributes:
-        as_of: the committed offsets it is of: records before them are in it, others are not.
+        as_of: the committed offsets it is of: records before them are in it; others are, too, only if another process
+            has brought its files further since.
         staleness_s: how long the oldest event that was not in it had been waiting when it was refreshed; 0 if none.
 
     Raises:
@@ -74,6 +73,7 @@ class StateView:
         self._stream, self._consumer, self._group = stream, consumer, consumer.group
         self._folder = state_folder(folder) / stream.incarnation[:12] / consumer.group
         self._stores: list[TaskStore] = []
+        self._pins = 0
         info = consumer.register(stream)
         try:
             for task in range(info.tasks):
@@ -113,19 +113,37 @@ class StateView:
 
         Raises:
             StaleReadError: the group has not come that far in time.
+            InvalidSettingError: it is pinned; or the group does not read what ``at_least`` names.
         """
+        if self._pins:
+            raise InvalidSettingError(
+                f"the view of {self._group!r} is pinned; refresh it before or after `with view.pinned():`",
+                setting="pinned",
+                value=True,
+            )
         give_up = time.monotonic() + parse_seconds(wait, name="wait")
         while True:
-            view = self._stream.coordinator.view(self._group)
-            behind = {
-                at: (view.positions.get(at), offset)
-                for at, offset in (at_least or {}).items()
-                if view.positions.get(at, -1) < offset
-            }
-            if not behind:
+            view = self._awaited(at_least or {}, give_up)
+            if all(self._follow(task, end, view) for task, end in view.changelog.items()):
                 break
+        self._take_note(view)
+        return self
+
+    def _awaited(self, at_least: Mapping[TopicPartition, int], give_up: float) -> GroupView:
+        """Step 1, again until the group has come far enough."""
+        while True:
+            view = self._stream.coordinator.view(self._group)
+            if unknown := sorted(at_least.keys() - view.positions.keys()):
+                raise InvalidSettingError(
+                    f"group {self._group!r} does not read {unknown[0].topic!r} partition {unknown[0].partition}",
+                    setting="at_least",
+                    value=unknown,
+                )
+            behind = [at for at, offset in at_least.items() if view.positions[at] < offset]
+            if not behind:
+                return view
             if time.monotonic() >= give_up:
-                at, (here, wanted) = next(iter(behind.items()))
+                at, here, wanted = behind[0], view.positions[behind[0]], at_least[behind[0]]
                 raise StaleReadError(
                     f"group {self._group!r} has come to {here} in {at.topic!r} partition {at.partition}, not yet to "
                     f"{wanted}; is its worker or its sensor on?",
@@ -134,27 +152,17 @@ class StateView:
                     wanted=wanted,
                 )
             time.sleep(_LOOK_EVERY_S)
-        for task, end in view.changelog.items():
-            self._follow(task, end, view)
-        self._take_note(view)
-        return self
 
-    def _follow(self, task: int, end: int, view: GroupView) -> None:
-        """Step 2 and 3 for one task."""
-        note = msgspec.json.encode([[*at, offset] for at, offset in view.positions.items()]).decode()
-        for attempt in range(_TRIES):
-            store = self._stores[task]
-            try:
-                if store.catch_up(end) == end:
-                    store.file.note(end, note)
-            except (StateMismatchError, OffsetOutOfRangeError):
-                if attempt == _TRIES - 1:
-                    raise
-                # Another process was quicker, or a snapshot has removed what was about to be read: look again.
-                store.close()
-                self._stores[task] = self._open(task)
-            else:
-                return
+    def _follow(self, task: int, end: int, view: GroupView) -> bool:
+        """Steps 2 and 3 for one task; whether its changelog still is the one that step 1 speaks of."""
+        store = self._stores[task]
+        reached = store.catch_up(end)
+        if reached < end or store.file.lineage != f"{self._stream.incarnation}/{view.identity}":
+            return False
+        if reached == end:
+            note = msgspec.json.encode([[*at, offset] for at, offset in view.positions.items()]).decode()
+            store.file.note(end, note)
+        return True
 
     def _take_note(self, view: GroupView) -> None:
         positions = dict(view.positions)
@@ -172,7 +180,11 @@ class StateView:
         with ExitStack() as stack:
             for store in self._stores:
                 stack.enter_context(store.file.pinned())
-            yield
+            self._pins += 1
+            try:
+                yield
+            finally:
+                self._pins -= 1
 
     def get(self, key: StateKey, default: Any = None) -> Any:
         """The value of ``key``, or ``default``."""
@@ -186,8 +198,9 @@ class StateView:
         tasks = len(self._stores)
         by_task: dict[int, dict[bytes, StateKey]] = {}
         for key in keys:
+            encoded = encode_key(key)
             home = partition_of(key, tasks) if isinstance(key, str | int) else 0
-            by_task.setdefault(home, {})[encode_key(key)] = key
+            by_task.setdefault(home, {})[encoded] = key
         found: dict[StateKey, Any] = {}
         for home, wanted in by_task.items():
             left = dict(wanted)
@@ -203,23 +216,47 @@ class StateView:
 
     def _look_up(self, task: int, keys: list[bytes]) -> dict[bytes, bytes]:
         try:
-            return self._stores[task].get_many(keys)
+            return self._stores[task].file.get_many(keys)
         except StateMismatchError as error:
-            self._stores[task].restore_later(str(error))
-            self._stores[task].catch_up()
-            return self._stores[task].get_many(keys)
+            self._discard(task, error)
+            return self._stores[task].file.get_many(keys)
+
+    def _discard(self, task: int, error: StateMismatchError) -> None:
+        """Have a damaged replica restored by the next look; within a pinned block that would be of another moment."""
+        self._stores[task].restore_later(str(error))
+        if self._pins:
+            raise error
 
     def items(
         self, *, prefix: StateKey | None = None, start: StateKey | None = None, stop: StateKey | None = None
     ) -> Iterator[tuple[StateKey, Any]]:
         """Keys and values, task by task, in key order within each; all, or those of a range as in `TaskState.items`."""
-        low, high = key_range(prefix, start, stop)
+        bounds = key_range(prefix, start, stop)
+        for task in range(len(self._stores)):
+            yield from self._scan(task, *bounds)
+
+    def _scan(self, task: int, low: bytes = b"", high: bytes | None = None) -> Iterator[tuple[StateKey, Any]]:
         visible = self._consumer.visible
-        for store in self._stores:
-            for encoded, raw in store.file.items(low, high):
-                value = visible(decode_value(raw))
-                if value is not None:
-                    yield decode_key(encoded), value
+        while True:
+            try:
+                for encoded, raw in self._stores[task].file.items(low, high):
+                    value = visible(decode_value(raw))
+                    if value is not None:
+                        yield decode_key(encoded), value
+                    low = encoded + b"\0"  # the first key after it
+            except StateMismatchError as error:
+                self._discard(task, error)
+            else:
+                return
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the state is split into."""
+        return len(self._stores)
+
+    def items_of(self, task: int) -> Iterator[tuple[StateKey, Any]]:
+        """Keys and values of one task, in key order."""
+        return self._scan(task)
 
     def __iter__(self) -> Iterator[StateKey]:
         """All keys."""
@@ -230,10 +267,23 @@ class StateView:
         return sum(1 for _ in self.items())
 
     def to_pandas(self) -> "pd.DataFrame":
-        """All of it: the column ``key``, and ``value``, or one column per field where values are objects."""
+        """All of it: the column ``key``, and ``value``, or one column per field where values are objects.
+
+        A field that is called ``key`` itself becomes ``value_key``.
+        """
         import pandas as pd
 
+        try:
+            rows = self._rows()
+        except StateMismatchError:
+            if self._pins:
+                raise
+            rows = self._rows()  # the replica was damaged, and is restored
+        if rows and all(isinstance(value, dict) for _, value in rows):
+            fields = ({"value_key" if name == "key" else name: one for name, one in row.items()} for _, row in rows)
+            return pd.DataFrame([{"key": key, **row} for (key, _), row in zip(rows, fields, strict=True)])
+        return pd.DataFrame([{"key": key, "value": value} for key, value in rows], columns=["key", "value"])
+
+    def _rows(self) -> list[tuple[StateKey, Any]]:
         with self.pinned():
-            rows = list(self.items())
-        fields = all(isinstance(value, dict) for _, value in rows) and bool(rows)
-        return pd.DataFrame([{"key": key, **(value if fields else {"value": value})} for key, value in rows])
+            return list(self.items())

@@ -65,11 +65,16 @@ class SqlSnapshots(SqlCommits):
 
     def snapshots(self, group: str, task: int) -> list[Snapshot]:
         """See `Coordinator.snapshots`."""
-        changelog_id = self.log.catalog.id_of(changelog_of(group))
-        query = sa.select(_snapshots).where(_snapshots.c.task == task, _snapshots.c.changelog_id == changelog_id)
+        topics = schema.topics
+        query = (
+            sa.select(_snapshots)
+            .join(topics, topics.c.topic_id == _snapshots.c.changelog_id)
+            .where(topics.c.name == changelog_of(group), _snapshots.c.task == task, _snapshots.c.group_id == _g)
+            .order_by(_snapshots.c.id.desc())
+        )
         with self.database.read() as connection:
-            mine = query.where(_snapshots.c.group_id == self._id_in(connection, group))
-            return [_snapshot(row) for row in connection.execute(mine.order_by(_snapshots.c.id.desc()))]
+            found = connection.execute(query, {"g": self._id_in(connection, group)})
+            return [_snapshot(row) for row in found]
 
     def view(self, group: str) -> GroupView:
         """See `Coordinator.view`."""
