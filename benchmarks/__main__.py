@@ -30,6 +30,7 @@ NAMES = (
     "stateful",
     "join",
     "state_reads",
+    "replay",
 )
 _PACKAGES = (
     "djp-dagster",

@@ -67,6 +67,8 @@ class Replayed(NamedTuple):
         at = datetime.fromtimestamp(now.timestamp() - self.lateness_s, self.partitions.start.tzinfo)
         end = self.partitions.end
         window = self._before(at if end is None or at < end else end)
+        for _ in range(-self.partitions.end_offset):  # the last ones are no partitions yet
+            window = None if window is None else self._before(window.start)
         while window is not None and window.start >= self.partitions.start:
             yield window
             window = self._before(window.start)
