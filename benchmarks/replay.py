@@ -1,8 +1,8 @@
 """Replay of a window into a daily aggregate, against pandas on the same events in Parquet.
 
 Ours reads the events from the stream, where they are MessagePack in SQLite, decodes them, keeps those of the window,
-and gives them to the handler one by one, as Arrow, or as one frame. Pandas reads the three columns it needs, which somebody
-has extracted into Parquet before, beside the stream; that work is not counted. Both then sum by user.
+and gives them to the handler one by one, as Arrow, or as one frame. Pandas reads the three columns it needs, which
+somebody has extracted into Parquet before, beside the stream; that work is not counted. Both then sum by user.
 
 ``python -m benchmarks.replay profile`` says where our time goes.
 """
