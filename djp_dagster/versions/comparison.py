@@ -9,6 +9,7 @@ import msgspec
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.state.keys import StateKey, encode_key
 from djp_dagster.state.view import StateView
+from djp_dagster.streams.records import encode_value
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.versions.promotion import Role
 
@@ -61,7 +62,7 @@ def compare(stream: EventStream, consumer: Consumer, *, role: Role = "next", fol
         here.pinned(),
         there.pinned(),
     ):
-        behind = sum(here.as_of.values()) - sum(there.as_of.values())
+        behind = max(sum(here.as_of.values()) - sum(there.as_of.values()), 0)
         return _compare(_in_order(here), _in_order(there), behind)
 
 
@@ -100,7 +101,7 @@ def _compare(here: Iterator[_Item], there: Iterator[_Item], behind: int) -> Comp
         elif one is not None and two is not None:
             counts["keys"] += 1
             counts["other_keys"] += 1
-            if one.value != two.value:
+            if one.value != two.value and encode_value(one.value) != encode_value(two.value):  # NaN is not itself
                 note("differing", one.key, one.value, two.value)
             one, two = next(here, None), next(there, None)
     return Comparison(**counts, examples=tuple(examples), behind=behind)

@@ -1,0 +1,1 @@
+"""Versions of stateful consumers: followed, compared, promoted, rolled back."""
