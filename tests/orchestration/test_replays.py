@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -314,6 +315,20 @@ def test_what_no_asset_is_made_of() -> None:
     for build in (djp.build_replay_schedule, djp.build_replay_sensor):
         with pytest.raises(InvalidSettingError, match="was not made by build_replay_asset"):
             build(report)
+
+
+def test_what_was_built_is_forgotten_with_its_asset() -> None:
+    def build() -> None:
+        for number in range(8):
+            asset = djp.build_replay_asset(dashboard, partitions_def=DAYS, name=f"forgotten_{number}")
+            djp.build_replay_schedule(asset)
+
+    gc.collect()
+    before = len(replays._replayed), len(kappa._jobs)
+    build()
+    gc.collect()  # Dagster itself keeps the last one
+    assert len(replays._replayed) - before[0] <= 1
+    assert len(kappa._jobs) - before[1] <= 1
 
 
 # A backfill, by the daemon's own loop
