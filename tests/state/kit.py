@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from djp_dagster import EventStream, Topic
 from djp_dagster.state.keys import decode_key
@@ -29,7 +30,7 @@ def state_of(stream: EventStream, group: str, task: int = 0) -> dict[bytes, byte
             store.close()
 
 
-def values_of(stream: EventStream, group: str, task: int = 0) -> dict[object, object]:
+def values_of(stream: EventStream, group: str, task: int = 0) -> dict[object, Any]:
     """The same, decoded."""
     return {decode_key(key): decode_value(raw) for key, raw in state_of(stream, group, task).items()}
 
