@@ -100,7 +100,7 @@ def check(books: JoinedBooks, published: Mapping[int, Any], deadline_s: float) -
     _check_sellers(books)
     for group in STATEFUL:
         check_snapshots(books, group, keep=2)
-    check_local_files(books, STATEFUL)
+    assert check_local_files(books, STATEFUL), "no local state has come to the end of its changelog"
     return fates
 
 
