@@ -1,6 +1,7 @@
 """`BufferRun`: one batch of an event buffer; steps 2 to 5 of the protocol in `djp_dagster.joining`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from djp_dagster.errors import InvalidEventError, MissingKeyError
@@ -11,7 +12,7 @@ from djp_dagster.joining.filling import Filling, needed
 from djp_dagster.joining.joined import Joined
 from djp_dagster.joining.ledger import Key, Ledger, Mark
 from djp_dagster.joining.parts import PartSpec
-from djp_dagster.joining.rules import JoinRules
+from djp_dagster.joining.rules import EXPIRE, JoinRules
 from djp_dagster.joining.watermarks import Watermark
 from djp_dagster.streams.records import Record, from_micros, to_micros
 from djp_dagster.streams.topics import key_of
@@ -24,6 +25,7 @@ WAKE = "expiry"
 _EXPIRE_AT_ONCE = 500
 _EXPIRE_PER_BATCH = 20_000
 _LONG_AGO = -(1 << 63)
+_LAST_MOMENT = to_micros(datetime.max.replace(tzinfo=timezone.utc))
 
 
 class BufferRun:
@@ -50,14 +52,18 @@ class BufferRun:
 
     def run(self) -> None:
         """Do it."""
+        command = self._batch.command
+        if command is not None and command.get("kind") != EXPIRE:
+            self._batch.log.warning("join %s cannot %s", self._batch.group, command.get("kind"))
+            return
         chunks = sorted(self._batch.chunks(), key=lambda found: (*_stamp_and_topic(found[0]), found[0].offset))
         keyed = [self._keys_of(records) for records in chunks]
         self._ledger.load({key for keys in keyed for key in keys if key is not None})
         for records, keys in zip(chunks, keyed, strict=True):
             self._take_all(records, keys)
         horizon = self._batch.horizon_micros
-        if self._batch.command is not None:
-            self._obey(self._batch.command)
+        if command is not None:
+            self._obey(command)
         elif self._batch.deadlines:
             self._expire_before(self._watermark.at(horizon) if self._rules.by_event_time else horizon + 1)
             self._summary.wake = None
@@ -236,7 +242,7 @@ class BufferRun:
             wake = self._batch.now_micros
         if self._summary.wake is None or wake < self._summary.wake:
             self._summary.wake = wake
-            self._batch.set_deadline(WAKE, from_micros(wake))
+            self._batch.set_deadline(WAKE, from_micros(min(wake, _LAST_MOMENT)))
 
     def _report(self) -> None:
         self._ledger.write_summary()

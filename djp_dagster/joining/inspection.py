@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import msgspec
 
 from djp_dagster.errors import InvalidSettingError
-from djp_dagster.joining.entries import NEVER, Entry, decode_entry
+from djp_dagster.joining.entries import NEVER, Entry, Status, decode_entry
+from djp_dagster.joining.rules import EXPIRE
 from djp_dagster.partitioning import partition_of
 from djp_dagster.processing.commands import request_command
 from djp_dagster.state.view import StateView
@@ -18,8 +19,6 @@ from djp_dagster.streams.stream import EventStream
 if TYPE_CHECKING:
     from djp_dagster.processing.consumer import Consumer
 
-EXPIRE = "expire"
-"""The command that expires keys before their time."""
 _KEYS_PER_COMMAND = 10_000
 
 
@@ -135,11 +134,18 @@ class _Undeclared:
 
 def _decoded(value: Any) -> Entry | tuple[str, int]:
     try:
-        return decode_entry(value)
+        found = decode_entry(value)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InvalidSettingError(
-            "this group keeps something else than an event buffer: it is no join", setting="group", value=None
-        ) from error
+        raise _no_join() from error
+    if isinstance(found, tuple) and found[0] not in get_args(Status):
+        raise _no_join()
+    return found
+
+
+def _no_join() -> InvalidSettingError:
+    return InvalidSettingError(
+        "this group keeps something else than an event buffer: it is no join", setting="group", value=None
+    )
 
 
 def _buffered(key: str | int, entry: Entry | tuple[str, int]) -> BufferedKey:

@@ -8,6 +8,8 @@ from djp_dagster.joining.parts import PartSpec
 
 Duplicates = Literal["first", "last", "all"]
 OnDeadline = Literal["dead_letter", "partial"]
+EXPIRE = "expire"
+"""The command that expires keys before their time."""
 
 
 class JoinRules(msgspec.Struct, frozen=True):

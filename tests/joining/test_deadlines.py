@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,15 @@ class TestAppendTime:
         assert errors(stream) == {"JoinIncompleteError": 200}
         assert deadline_rows(stream) == []
 
+    def test_it_may_be_longer_than_time(self, stream: EventStream, clock: Clock, tmp_path: Path) -> None:
+        join = joined([A, B], deadline="1000000w")
+        join.register(stream)
+        stream.publish(A, [part(A, "x")])
+        work(stream, join, tmp_path)
+        stream.publish(B, [part(B, "x")])
+        work(stream, join, tmp_path)
+        assert completed(stream) == {"x": ["a", "b"]}
+
     def test_without_one_keys_wait_for_ever(self, stream: EventStream, clock: Clock, tmp_path: Path) -> None:
         join = joined()
         join.register(stream)
@@ -319,6 +329,14 @@ class TestEventTime:
         clocked(1, (A1, "z", long_ago + 11), (B1, "z", long_ago + 11))
         assert errors(stream) == {"JoinIncompleteError": 1}
 
+    def test_events_may_be_of_the_last_moment_there_is(
+        self, stream: EventStream, clocked: Callable[..., None], tmp_path: Path
+    ) -> None:
+        never = datetime(9999, 12, 31, 23, 59, tzinfo=timezone.utc).timestamp() - START
+        clocked(1, (A1, "x", 0), (A1, "never", never), (B1, "y", 0))
+        clocked(1000)
+        assert statuses(stream, tmp_path) == {"x": "expired", "y": "expired", "never": "expired"}
+
     def test_events_without_a_time_are_of_when_they_were_appended(
         self, stream: EventStream, clock: Clock, tmp_path: Path
     ) -> None:
@@ -371,6 +389,16 @@ class TestCommand:
         assert deadline_rows(stream) == []
         # Nothing is left of them but marks, and what is counted.
         assert sum(len(state_of(stream, "j", task)) for task in range(2)) == 4 + 2
+
+    def test_what_else_is_asked_for_is_not_done(
+        self, stream: EventStream, waiting: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (before,) = [statuses(stream, tmp_path)]
+        (number,) = [stream.coordinator.request("j", "command", {"kind": "explode", "task": 0})]
+        work(stream, waiting, tmp_path)
+        assert stream.coordinator.request_status(number) == "done"
+        assert statuses(stream, tmp_path) == before
+        assert "join j cannot explode" in caplog.text
 
     def test_what_is_unread_may_come_too_late_for_it(self, stream: EventStream, waiting: Any, tmp_path: Path) -> None:
         stream.publish(B, [part(B, "x")])

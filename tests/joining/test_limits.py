@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
-from djp_dagster import EventStream, Joined, SnapshotPolicy, Topic, open_stream, redrive
-from djp_dagster.errors import BufferFullError
+from djp_dagster import (
+    Batch,
+    EventStream,
+    Joined,
+    SnapshotPolicy,
+    Topic,
+    consumer,
+    open_stream,
+    redrive,
+    run_pending,
+)
+from djp_dagster.errors import BufferFullError, InvalidSettingError, UnknownGroupError
 from djp_dagster.joining.inspection import EventBuffer, request_expiry
 from djp_dagster.streams.records import TopicPartition
 from djp_dagster.streams.topics import changelog_of
@@ -285,3 +295,26 @@ def test_what_is_inspected_is_what_waits(stream: EventStream, clock: Clock, tmp_
         assert (done.status, done.parts, done.due_micros, done.bytes) == ("completed", {}, None, 0)
         assert (buffer.find("nobody"), buffer.records("nobody"), buffer.records(7)) == (None, {}, {})
         assert sum(buffer.as_of.values()) == 4
+
+
+def test_only_a_join_has_a_buffer_to_inspect(stream: EventStream, clock: Clock, tmp_path: Path) -> None:
+    plain = consumer(topic=A, group="plain")(lambda batch: None)
+
+    @consumer(topic=A, stateful=True, group="other")
+    def other(batch: Batch) -> None:
+        for record in batch:
+            batch.state.set(record.data["k"], "expired, but not by a join")
+
+    for one in (plain, other):
+        one.register(stream)
+    publish(stream, clock, part(A, "x"))
+    run_pending(stream, other, state_folder=tmp_path)
+    with pytest.raises(UnknownGroupError, match="nobody"):
+        EventBuffer(stream, "nobody", folder=tmp_path)
+    with pytest.raises(InvalidSettingError, match="'plain' keeps no state, so it is no join"):
+        EventBuffer(stream, "plain", folder=tmp_path)
+    with EventBuffer(stream, "other", folder=tmp_path) as buffer:
+        with pytest.raises(InvalidSettingError, match="it is no join"):
+            list(buffer)
+        with pytest.raises(InvalidSettingError, match="it is no join"):
+            buffer.find("x")

@@ -1,16 +1,20 @@
 """A join does what the model says, whatever bounds its batches, whoever works on it, and whichever input lags."""
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from djp_dagster import Event, EventStream, Join, Joined, Threshold, Topic, run_pending
+from djp_dagster import Event, EventStream, Join, Joined, Threshold, Topic, Worker, open_stream, run_pending
+from djp_dagster.orchestration.ticks import look
 from djp_dagster.streams.records import from_micros
-from djp_dagster.testing import Clock, memory_stream
+from djp_dagster.testing import Clock
 from tests.joining.kit import (
     LATE,
     PARTS,
@@ -26,7 +30,8 @@ from tests.joining.kit import (
     work_resident,
 )
 from tests.joining.model import Outcome, Rules, simulate
-from tests.processing.kit import all_records
+from tests.processing.kit import PATIENT_S, all_records, in_thread, wait_until
+from tests.streams.conftest import contract_database, emptied  # noqa: F401
 
 SECOND = 1_000_000
 BOUNDS = (1, 7, 1000)
@@ -129,10 +134,10 @@ class Played(NamedTuple):
     status: dict[str | int, str]
 
 
-def play(scenario: Scenario, bound: int, folder: Path) -> Played:
+def play(scenario: Scenario, bound: int, folder: Path, target: str = "sqlite://") -> Played:
     clock = Clock()
     join = join_of(scenario, bound)
-    with memory_stream(clock=clock) as stream:
+    with open_stream(target, clock=clock) as stream:
         join.register(stream)
         stream.create_topic(LATE)
         for step in scenario.steps:
@@ -169,11 +174,17 @@ HOW: dict[str, Callable[[EventStream, Join, Path, Step], Any]] = {
 }
 
 
-def check(chance: random.Random, folder: Path, scenarios: int) -> None:
+def check(
+    chance: random.Random,
+    folder: Path,
+    scenarios: int,
+    bounds: Sequence[int] = BOUNDS,
+    target: Callable[[], str] = lambda: "sqlite://",
+) -> None:
     for number in range(scenarios):
         scenario = scenario_from(chance)
-        for bound in BOUNDS:
-            found = play(scenario, bound, folder / f"{number}-{bound}")
+        for bound in bounds:
+            found = play(scenario, bound, folder / f"{number}-{bound}", target())
             told = f"bound {bound}, scenario {number}: {scenario.rules}"
             assert found.emitted == found.expected.emitted, told
             assert found.letters == found.expected.letters, told
@@ -184,9 +195,56 @@ def check(chance: random.Random, folder: Path, scenarios: int) -> None:
             assert waiting == {key for key, status in found.expected.status.items() if status == "pending"}, told
 
 
-@pytest.mark.parametrize("group", range(4))
+@pytest.mark.parametrize("group", range(6))
 def test_it_does_what_the_model_says_whatever_the_bounds(seed: random.Random, tmp_path: Path, group: int) -> None:
-    check(seed, tmp_path, 4)
+    check(seed, tmp_path, 2)
+
+
+def test_it_does_so_on_postgresql(seed: random.Random, tmp_path: Path, contract_database: str) -> None:  # noqa: F811
+    check(seed, tmp_path, 2, (7,), lambda: emptied(contract_database))
+
+
+@pytest.mark.parametrize("backend", ["sqlite", pytest.param("postgresql", marks=pytest.mark.servers)])
+def test_it_does_so_while_others_publish(
+    request: pytest.FixtureRequest, seed: random.Random, tmp_path: Path, backend: str
+) -> None:
+    """By the clock on the wall: what is appended just before a deadline, and read just after it, counts."""
+    url = backend == "postgresql" and emptied(request.getfixturevalue("contract_database"))
+    rules = Rules(parts=("a", "b", "c"), deadline=100_000, late="dead_letter")
+    join = join_of(Scenario(rules, False, []), 20)
+    parts = {topic: [part(topic, f"k{n}", pad="x" * 100) for n in range(150)] for topic in PARTS}
+    for events in parts.values():
+        # All in about the same order: some keys are complete in time, some are not.
+        events.sort(key=lambda event: int(event.data["k"][1:]) + seed.uniform(-10, 10))
+    with open_stream(url or tmp_path / "stream.db") as stream:
+        for topic in (LATE, *join.topics):
+            stream.create_topic(topic)
+        join.register(stream)
+        stop = threading.Event()
+        worker = Worker(stream, [join], state_folder=tmp_path / "state")
+        with ExitStack() as stack:
+            stack.enter_context(in_thread(lambda: worker.run(stop), stop))
+            publish = partial(publish_all, stream, threading.Barrier(len(PARTS)))
+            producers = [stack.enter_context(in_thread(partial(publish, *one))) for one in parts.items()]
+            wait_until(lambda: all(producers), "everything to be published")
+            wait_until(lambda: is_done(stream, join), "the worker to be done, deadlines and all")
+        assert producers == [[None]] * 3
+        expected = simulate(rules, appended(stream), TASKS, 1 << 62)
+        assert emitted(stream) == expected.emitted
+        assert letters(stream) == expected.letters
+        assert statuses(stream, tmp_path / "state") == expected.status
+        assert len(expected.status) == 150
+
+
+def publish_all(stream: EventStream, in_step: threading.Barrier, topic: Topic, events: Sequence[Event]) -> None:
+    for event in events:
+        in_step.wait(PATIENT_S)
+        stream.publish(topic, [event])
+
+
+def is_done(stream: EventStream, join: Join) -> bool:
+    """Nothing is pending, and nothing will ever be due."""
+    return look(stream, join).reason is None and stream.coordinator.next_deadline(join.group, range(TASKS)) is None
 
 
 @pytest.mark.soak
