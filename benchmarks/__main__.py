@@ -31,6 +31,7 @@ NAMES = (
     "join",
     "state_reads",
     "replay",
+    "lookups",
 )
 _PACKAGES = (
     "djp-dagster",
@@ -46,6 +47,7 @@ _PACKAGES = (
     "dask",
     "pyspark",
     "mrjob",
+    "httpx",
 )
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-EXAMPLES = {"claim-check.md": 2, "event-buffering.md": 1, "kappa.md": 1, "map-reduce.md": 2, "stateful-worker.md": 2}
+EXAMPLES = {
+    "claim-check.md": 2,
+    "event-buffering.md": 1,
+    "kappa.md": 1,
+    "map-reduce.md": 2,
+    "stateful-worker.md": 2,
+    "stateless-worker.md": 2,
+}
 
 
 @pytest.mark.parametrize(

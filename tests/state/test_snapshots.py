@@ -49,7 +49,7 @@ from tests.state.kit import values_of
 
 WORDS = Topic("words", key="word")
 EAGER = SnapshotPolicy(changes=20, bytes="1GiB")
-WEIGHT = "x" * 1000
+WEIGHT = "x" * 400
 """In every value: a SQLite file weighs some pages, and a snapshot is due only after changes of half its weight."""
 
 
@@ -140,7 +140,7 @@ class TestPolicy:
 class TestTaking:
     def test_runs_take_them(self, stream: EventStream, seed: random.Random, tmp_path: Path) -> None:
         count = counting()
-        for _ in range(15):
+        for _ in range(20):
             stream.publish(WORDS, words(seed, 10))
             run_pending(stream, count, state_folder=tmp_path)
         newest, before = snapshots(stream)
@@ -149,7 +149,8 @@ class TestTaking:
 
     def test_a_worker_takes_them(self, stream: EventStream, seed: random.Random, tmp_path: Path) -> None:
         stop = threading.Event()
-        stream.publish(WORDS, words(seed, 100))
+        counting().register(stream)
+        stream.publish(WORDS, words(seed, 300))
         with in_thread(lambda: Worker(stream, [counting()], state_folder=tmp_path).run(stop), stop) as outcome:
             wait_until(lambda: len(snapshots(stream)) == 2 and not stream.pending("count").events, "two snapshots")
         assert outcome == [None]
@@ -168,11 +169,11 @@ class TestTaking:
     ) -> None:
         """Each run makes a few changes, none of them enough for a snapshot alone."""
         offsets = []
-        for number in range(30):
+        for number in range(45):
             stream.publish(WORDS, words(seed, 3, kinds=10))
             run_pending(stream, counting(), state_folder=tmp_path / str(number % 3))
             offsets.append([snapshot.offset for snapshot in snapshots(stream)])
-        assert len({newest for newest, *_ in filter(None, offsets)}) >= 3
+        assert len({newest for newest, *_ in filter(None, offsets)}) >= 2
         begin, end, _ = changelog(stream)
         assert end - offsets[-1][0] <= 60
         assert begin == offsets[-1][-1]
@@ -288,7 +289,7 @@ class TestRestoring:
 
     @pytest.fixture
     def trimmed(self, stream: EventStream, seed: random.Random, tmp_path: Path) -> EventStream:
-        stream.publish(WORDS, words(seed, 200))
+        stream.publish(WORDS, words(seed, 300))
         run_pending(stream, counting(), state_folder=tmp_path / "lost")
         assert changelog(stream)[0] > 0
         assert len(snapshots(stream)) == 2
@@ -354,7 +355,7 @@ class TestRestoring:
             with pytest.raises(StateLostError, match="reset_state=True") as caught:
                 run_pending(lost, counting(), state_folder=tmp_path / "empty")
             assert caught.value.facts["begin"] == changelog(lost)[0]
-            assert lost.positions("count") == {at(WORDS): 200}
+            assert lost.positions("count") == {at(WORDS): 300}
             assert lost.dead_letters("count", status=None) == []
         with pytest.raises(StateLostError, match="reset_state=True"):
             lost.view(counting(), folder=tmp_path / "view")
@@ -374,7 +375,7 @@ class TestRestoring:
         with in_thread(lambda: worker.run(stop), stop):
             wait_until(lambda: bool(failures), "a failure")
         assert isinstance(failures[0], StateLostError)
-        assert (lost.positions("count"), lost.dead_letters("count", status=None)) == ({at(WORDS): 200}, [])
+        assert (lost.positions("count"), lost.dead_letters("count", status=None)) == ({at(WORDS): 300}, [])
 
     def test_who_has_the_file_still_needs_none(self, lost: EventStream, seed: random.Random, tmp_path: Path) -> None:
         lost.publish(WORDS, words(seed, 100))
@@ -397,7 +398,7 @@ class TestRestoring:
         assert away == [0]
 
     def test_a_seek_and_a_deletion_forget_them(self, trimmed: EventStream, tmp_path: Path) -> None:
-        trimmed.seek("count", {at(WORDS): 195}, reset_state=True)
+        trimmed.seek("count", {at(WORDS): 295}, reset_state=True)
         assert (snapshots(trimmed), values_of(trimmed, "count")) == ([], {})
         run_pending(trimmed, counting(), state_folder=tmp_path / "lost")
         assert sum(found[0] for found in values_of(trimmed, "count").values()) == 5
@@ -470,15 +471,14 @@ def test_in_a_bucket(
     place = s3_place(s3_server, f"s3://{s3_bucket}/pre", spool_folder=str(tmp_path))
     with open_stream(tmp_path / "stream.db", payloads=place.open()) as stream:
         stream.create_topic(WORDS)
-        stream.publish(WORDS, words(seed, 100))
+        stream.publish(WORDS, words(seed, 300))
         run_pending(stream, counting(), state_folder=tmp_path / "one")
         assert changelog(stream)[0] > 0
-        newest, _ = snapshots(stream)
-        run_pending(stream, counting(), state_folder=tmp_path / "two")
         stream.publish(WORDS, words(seed, 5))
         run_pending(stream, counting(), state_folder=tmp_path / "two")
         assert values_of(stream, "count") == counted(stream)
         assert "passed over" not in caplog.text
+        newest, _ = snapshots(stream)
         stream.payloads.objects.delete([newest.payload.key])
         with stream.view(counting(), folder=tmp_path / "three") as view:
             assert dict(view.items()) == counted(stream)
