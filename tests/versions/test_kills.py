@@ -175,6 +175,7 @@ def test_whoever_promotes_dies(site: Site, seed: random.Random, point: str) -> N
 def test_whoever_follows_and_goes_back_dies_again_and_again(site: Site, seed: random.Random) -> None:
     site.start(work)
     with site.under_load(seed):
+        site.serves()  # or there is nothing to follow
         for point in ("2.intent", "6.committed"):
             site.do("follow", point)
         site.do("promote")
