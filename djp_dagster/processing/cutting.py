@@ -70,11 +70,14 @@ def cut_aligned(
     positions: Mapping[TopicPartition, int],
     until: Mapping[TopicPartition, int],
     bound: Threshold,
+    *,
+    follows: bool = False,
 ) -> tuple[tuple[Range, ...], int]:
     """The next batch, which holds of all inputs what was appended before one moment; and the last time before that.
 
     So batches follow each other in the order of append times, whatever bounded each of them. Records of that moment
-    itself come when nothing is left before it, one input after the other.
+    itself come when nothing is left before it, one input after the other. With ``follows``, ``until`` is what somebody
+    else has read.
     """
     ranges = cut_ranges(log, positions, until, bound)
     if not ranges:
@@ -90,9 +93,13 @@ def cut_aligned(
     at = min((at for at, offset in positions.items() if log.append_time_of(at, offset) == moment), default=None)
     if at is None:
         return (), 0  # retention has just removed it
+    horizon = moment - 1
+    if follows and until.get(at, positions[at]) <= positions[at]:
+        # It was not there, of that very time or by a clock that has gone back, when the other read what comes now.
+        moment, at = min((log.append_time_of(part.at, part.start) or 0, part.at) for part in ranges)
     # If that one must not be read yet, neither may others: it comes first.
     end = min(until.get(at, positions[at]), log.offset_at(at, moment + 1))
-    return cut_ranges(log, {at: positions[at]}, {at: end}, bound), moment - 1
+    return cut_ranges(log, {at: positions[at]}, {at: end}, bound), horizon
 
 
 def read_up_to(log: EventLog, positions: Mapping[TopicPartition, int], ranges: Sequence[Range]) -> int | None:

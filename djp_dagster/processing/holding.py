@@ -100,7 +100,9 @@ class Holding:
         if until is None:
             until = self._consumer.ends(self._stream)
         if self._consumer.aligned:
-            ranges, horizon = cut_aligned(self._log, positions, until, bound)
+            ranges, horizon = cut_aligned(
+                self._log, positions, until, bound, follows=self._consumer.follows is not None
+            )
         else:
             ranges, horizon = cut_ranges(self._log, positions, until, bound), 0
         now = present = self._log.now_micros()

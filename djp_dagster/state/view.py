@@ -273,17 +273,20 @@ class StateView:
         """
         import pandas as pd
 
-        try:
-            rows = self._rows()
-        except StateMismatchError:
-            if self._pins:
-                raise
-            rows = self._rows()  # the replica was damaged, and is restored
+        rows = self._rows()
         if rows and all(isinstance(value, dict) for _, value in rows):
             fields = ({"value_key" if name == "key" else name: one for name, one in row.items()} for _, row in rows)
             return pd.DataFrame([{"key": key, **row} for (key, _), row in zip(rows, fields, strict=True)])
         return pd.DataFrame([{"key": key, "value": value} for key, value in rows], columns=["key", "value"])
 
     def _rows(self) -> list[tuple[StateKey, Any]]:
+        for _ in self._stores:
+            try:
+                with self.pinned():
+                    return list(self.items())
+            except StateMismatchError:
+                if self._pins:
+                    raise
+                # One replica was damaged, and is restored by now.
         with self.pinned():
             return list(self.items())

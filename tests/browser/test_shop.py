@@ -90,7 +90,7 @@ def test_the_lineage_leads_from_topic_to_consumer_to_topic(visitor: Visitor, ui:
         )
     }
     assert len(expected) == 5
-    visitor.page.set_viewport_size({"width": 1600, "height": 2800})  # what is out of sight is not drawn
+    visitor.page.set_viewport_size({"width": 3200, "height": 5200})  # what is out of sight is not drawn
     visitor.open("/asset-groups")
     visitor.wait_for_lineage()
     visitor.keep("lineage_at_first")

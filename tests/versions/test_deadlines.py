@@ -1,6 +1,7 @@
 """Deadlines across versions: what the live version has fired, the follower fires muted; nothing twice, nothing lost."""
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 import djp_dagster as djp
-from djp_dagster.processing import crash_points
+from djp_dagster.processing import crash_points, holding
 from djp_dagster.testing import Clock, memory_stream
 from djp_dagster.versions.comparison import compare
 from tests.versions.kit import CLICKS, emitted, state_of
@@ -84,6 +85,7 @@ class Twin:
             consumer.register(stream)
 
     def publish(self, topic: djp.Topic, *data: dict[str, Any]) -> None:
+        self.clock.advance(0.001)  # nothing is appended at the very moment at which something was handled
         for stream in (self.changing, self.plain):
             stream.publish(topic, [topic.event(**one) for one in data])
 
@@ -204,12 +206,41 @@ class TestSessions:
         twin.handle()
         twin.clock.advance(59)
         twin.follow()
-        while_frozen(lambda: twin.clock.advance(10))
+
+        def pass_them() -> None:
+            twin.clock.advance(10)
+            follower = twin.consumer.following("next")  # as its worker would
+            djp.run_pending(twin.changing, follower, state_folder=twin.folder / "next")
+
+        while_frozen(pass_them)
         twin.promote()
         assert twin.closed(twin.changing) == []
         twin.handle()
         twin.check()
         assert len(twin.closed(twin.changing)) == 2
+
+    def test_a_live_version_in_the_midst_of_them(self, twins: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has fired some of those that were due, and dies: these are done, the others are left."""
+        monkeypatch.setattr(holding, "_MAX_DEADLINES", 2)
+        twin = twins(closing())
+        one_task = [name for n in range(99) if CLICKS.partition_of(CLICKS.event(user=(name := f"u{n}"))) == 0]
+        for user in one_task[:5]:
+            twin.publish(CLICKS, {"user": user})
+        twin.handle()
+        twin.clock.advance(100)
+        stop = threading.Event()
+        djp.run_pending(
+            twin.changing,
+            twin.consumer,
+            state_folder=twin.folder / "changing",
+            stop=stop,
+            on_report=lambda _: stop.set(),
+        )
+        assert len(twin.closed(twin.changing)) == 2
+        twin.promote()
+        assert len(twin.closed(twin.changing)) == 2
+        twin.handle()
+        twin.check()
 
     def test_another_rule_has_effects_from_the_switch_on(self, twins: Twins) -> None:
         """What comes due after the last thing that the old version has done is the new one's."""
@@ -259,6 +290,20 @@ class TestJoins:
             seed.choice([_publish_parts, _wait, *ACTIONS])(twin, seed)
         _settle(twin)
         assert twin.closed(twin.plain)
+
+    def test_a_clock_that_goes_back(self, twins: Twins) -> None:
+        """What the live version has read before older stamps came to another topic, the follower reads before them."""
+        twin = twins(joined)
+        twin.publish(VIDEO, {"p": "a"}, {"p": "b"}, {"p": "c"})
+        twin.handle()
+        twin.clock.advance(-30)
+        twin.publish(IMAGES, {"p": "a"}, {"p": "b"}, {"p": "c"})
+        twin.promote()
+        assert twin.changing.positions("sessions") == twin.plain.positions("sessions")
+        twin.clock.advance(40)
+        twin.handle()
+        twin.check()
+        assert sum("complete" in one for one in twin.closed(twin.changing)) == 3
 
     def test_the_rebuilt_buffer_is_the_live_one(self, twins: Twins, seed: random.Random) -> None:
         twin = twins(joined)
