@@ -262,14 +262,15 @@ def _id_of(event: Event | tuple[Any, ...]) -> str:
 
 def _encoded(topic: str, partition: int, events: Sequence[Event | tuple[Any, ...]], blob: bytes) -> EncodedBatch:
     time_of: Callable[[Any], Any] = _time_of_row if isinstance(events[0], tuple) else _time_of_event
-    times = [time for time in map(time_of, events) if time is not None]
+    # As numbers: times of one zone compare by its wall clock, which goes back in autumn.
+    times = [to_micros(time) for time in map(time_of, events) if time is not None]
     return EncodedBatch(
         topic=topic,
         partition=partition,
         count=len(events),
         blob=blob,
-        min_event_micros=to_micros(min(times)) if times else None,
-        max_event_micros=to_micros(max(times)) if times else None,
+        min_event_micros=min(times, default=None),
+        max_event_micros=max(times, default=None),
     )
 
 

@@ -50,7 +50,6 @@ def test_the_hour_that_comes_twice_is_two_windows(stream: EventStream) -> None:
     assert users(stream, window(stream, again, three)) == ["again"]
 
 
-@pytest.mark.xfail(reason="EncodedBatch's least and greatest time are found by wall clock, in records._encoded")
 def test_times_of_the_hour_that_comes_twice_in_one_record_batch(stream: EventStream) -> None:
     once, again = datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN), datetime(2026, 10, 25, 2, 10, fold=1, tzinfo=BERLIN)
     publish(stream, click("u", once), click("u", again))

@@ -24,7 +24,9 @@ from tests.state.kit import state_of, values_of
 
 UPDATES = Topic("updates", partitions=2, key="id")
 KEYS = st.sampled_from([1, 2, 3, "1", "a", "b", -5, 2**64 - 1])
-VALUES: Any = st.none() | st.integers(0, 5) | st.text(max_size=2) | st.lists(st.integers(0, 9), max_size=2) | st.booleans()
+VALUES: Any = (
+    st.none() | st.integers(0, 5) | st.text(max_size=2) | st.lists(st.integers(0, 9), max_size=2) | st.booleans()
+)
 CUTS = st.sampled_from([2, 5, 1000])
 
 
