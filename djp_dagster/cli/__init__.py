@@ -23,6 +23,7 @@ _HOMES = {
     "seek": "seek",
     "tail": "tail",
     "topics": "topics",
+    "versions": "versions",
 }
 
 

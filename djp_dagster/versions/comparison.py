@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.state.keys import StateKey, encode_key
 from djp_dagster.state.view import StateView
+from djp_dagster.streams.model import GroupInfo
 from djp_dagster.streams.records import encode_value
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.versions.promotion import Role
@@ -41,29 +42,52 @@ class Comparison(msgspec.Struct, frozen=True):
         return not (self.only_here or self.only_there or self.differing)
 
 
-def compare(stream: EventStream, consumer: Consumer, *, role: Role = "next", folder: Path | None = None) -> Comparison:
+def compare(
+    stream: EventStream, consumer: Consumer | str, *, role: Role = "next", folder: Path | None = None
+) -> Comparison:
     """Compare the live state with the follower's, key by key, in bounded memory.
 
     Under traffic they are compared as of moments that lie close together: what is behind may differ for that alone.
 
     Args:
         stream: where they are.
-        consumer: whose state.
+        consumer: whose state; a group, if there is no consumer at hand: then values are compared as they are stored.
         role: with which other version.
         folder: where replicas lie.
 
     Raises:
         UnknownGroupError: there is no such version.
     """
-    stream.coordinator.group(f"{consumer.group}.{role}")
+    group = consumer if isinstance(consumer, str) else consumer.group
+    stream.coordinator.group(f"{group}.{role}")
+    one = cast("Consumer", _AsStored(group)) if isinstance(consumer, str) else consumer
     with (
-        StateView(stream, consumer, folder=folder) as here,
-        StateView(stream, consumer.following(role), folder=folder) as there,
+        StateView(stream, one, folder=folder) as here,
+        StateView(stream, one.following(role), folder=folder) as there,
         here.pinned(),
         there.pinned(),
     ):
         behind = max(sum(here.as_of.values()) - sum(there.as_of.values()), 0)
         return _compare(_in_order(here), _in_order(there), behind)
+
+
+class _AsStored:
+    """In place of a consumer whose code is not at hand."""
+
+    stateful = True
+    keyed_by_topic = False
+
+    def __init__(self, group: str) -> None:
+        self.group = group
+
+    def register(self, stream: EventStream) -> GroupInfo:
+        return stream.coordinator.group(self.group)
+
+    def following(self, suffix: str) -> "_AsStored":
+        return _AsStored(f"{self.group}.{suffix}")
+
+    def visible(self, value: Any) -> Any:
+        return value
 
 
 class _Item(NamedTuple):
