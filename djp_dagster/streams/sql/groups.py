@@ -116,17 +116,27 @@ class SqlGroups:
             # Deleted, or called otherwise now: so is its changelog.
             self._ids.pop(name, None)
             self.log.catalog.forget(changelog_of(name))
-            raise UnknownGroupError(
-                f"consumer group {name!r} does not exist in stream {self.database.label}; "
-                "it is created when its consumer first runs, or with consumer.register(stream)",
-                group=name,
-            )
+            raise self._unknown(name)
         if self._ids.get(name) != row.group_id:
             # Made, or made anew, since this process last looked: so may its changelog be.
             self.log.catalog.forget(changelog_of(name))
             self._ids[name] = row.group_id
         self._looked_at[name] = time.monotonic()
         return row
+
+    def _unknown(self, name: str) -> UnknownGroupError:
+        return UnknownGroupError(
+            f"consumer group {name!r} does not exist in stream {self.database.label}; "
+            "it is created when its consumer first runs, or with consumer.register(stream)",
+            group=name,
+        )
+
+    def _locked_tasks(self, connection: Connection, name: str, group_id: int) -> dict[int, sa.Row[Any]]:
+        """All tasks of the group, locked in order, so that two overlapping sets cannot wait for each other."""
+        rows = {row.task: row for row in connection.execute(task_rows.with_for_update(), {"g": group_id})}
+        if not rows:
+            raise self._unknown(name)  # it was deleted while its tasks were waited for
+        return rows
 
     def _rows_of(self, connection: Connection, query: sa.Select[Any], group: str) -> Sequence[sa.Row[Any]]:
         """Rows that every group has."""

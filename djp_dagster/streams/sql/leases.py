@@ -90,8 +90,7 @@ class SqlLeases(SqlGroups):
         epochs: dict[int, int] = {}
         with self.database.write() as connection:
             group_id = self._id_in(connection, group)
-            # All of the group's rows are locked, in order, so that two overlapping sets cannot wait for each other.
-            rows = {row.task: row for row in connection.execute(task_rows.with_for_update(), {"g": group_id})}
+            rows = self._locked_tasks(connection, group, group_id)
             now = self.database.now_micros(connection)
             bodies = connection.execute(open_intents, {"g": group_id}).scalars().all()
             wanted, intents = _whole_sets(set(rows if tasks is None else tasks), [decode_intent(b) for b in bodies])

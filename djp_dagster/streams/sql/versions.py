@@ -32,7 +32,7 @@ class SqlVersions(SqlSnapshots):
         """See `Coordinator.take_over`."""
         with self.database.write() as connection:
             group_id = self._id_in(connection, group)
-            rows = {row.task: row for row in connection.execute(task_rows.with_for_update(), {"g": group_id})}
+            rows = self._locked_tasks(connection, group, group_id)
             now = self.database.now_micros(connection)
             bodies = connection.execute(open_intents, {"g": group_id}).scalars().all()
             # Whoever tried them was not killed by them.
