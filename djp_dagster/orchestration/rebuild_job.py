@@ -12,7 +12,7 @@ from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.versions.comparison import Comparison, compare
 from djp_dagster.versions.promotion import abandon, follow, promote, rollback, versions
 
-ACTIONS = ("follow", "compare", "promote", "rollback", "abandon", "status")
+ACTIONS = ("follow", "compare", "promote", "rollback", "abandon", "abandon_previous", "status")
 
 
 class RebuildConfig(dg.Config):
@@ -22,18 +22,22 @@ class RebuildConfig(dg.Config):
     action: str = Field(
         default="status",
         description="follow: rebuild the next version, beside the live one, until it has caught up. compare: what "
-        "differs. promote: make it live. rollback: make the previous version live again. abandon: delete the next one.",
+        "differs. promote: make it live. rollback: make the previous version live again. abandon: delete the next one; "
+        "abandon_previous: delete the previous one, which holds back retention.",
     )
     max_lag_events: int = Field(default=0, description="follow: stop when it is so little behind.")
+    from_what_is_left: bool = Field(
+        default=False, description="follow: begin though retention has removed some of what the state was made of."
+    )
     wait: str = Field(default="10min", description="How long to try.")
 
 
 def build_rebuild_job(*consumers: Consumer, name: str = "rebuild_job") -> dg.JobDefinition:
     """A job that rebuilds state with the code as it is now, beside the live version, and promotes it in one step.
 
-    A run ``follow`` makes the next version from the beginning of the stream, without effect but on its state;
-    ``compare`` says what differs; ``promote`` switches, at a fenced offset; ``rollback`` switches back. How it went is
-    an observation of the consumer's asset. See `djp_dagster.versions` for what a crash leaves behind.
+    A run ``follow`` makes the next version from where the state began, without effect but on its own; ``compare`` says
+    what differs; ``promote`` switches, at a fenced offset; ``rollback`` switches back. How it went is an observation of
+    the consumer's asset. See `djp_dagster.versions` for what a crash leaves behind.
 
     Args:
         *consumers: stateful ones.
@@ -84,15 +88,16 @@ def _do(context: dg.OpExecutionContext, consumer: Consumer, config: RebuildConfi
     }
     told: dict[str, Any] = {}
     if config.action == "follow":
-        reports = follow(stream, consumer, max_lag_events=config.max_lag_events, **given)
+        given.update(max_lag_events=config.max_lag_events, from_what_is_left=config.from_what_is_left)
+        reports = follow(stream, consumer, **given)
         told["events"] = sum(report.events for report in reports)
     elif config.action == "compare":
         told = _differences(compare(stream, consumer, folder=folder))
     elif config.action in ("promote", "rollback"):
         switch = promote if config.action == "promote" else rollback
         told["events"] = sum(report.events for report in switch(stream, consumer, **given))
-    elif config.action == "abandon":
-        abandon(stream, consumer.group)
+    elif config.action.startswith("abandon"):
+        abandon(stream, consumer.group, role="next" if config.action == "abandon" else "previous")
     found = versions(stream, consumer.group)
     for role, behind in found.behind.items():
         if behind is not None:
