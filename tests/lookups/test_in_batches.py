@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from djp_dagster.errors import (
     RetriesExhaustedError,
     SystemicFailureError,
 )
+from djp_dagster.processing import isolation
 from tests.lookups import world
 from tests.lookups.kit import PATIENT_S, Users, users_of, wait_until
 from tests.processing.kit import NO_EVENT, all_records, append_raw, committed, values
@@ -423,7 +425,42 @@ def test_a_transient_failure_waits_for_the_others(stream: EventStream) -> None:
     assert values(stream, NAMED) == list(range(30))
     assert report.batches[0].attempt == 2
     assert stream.dead_letters() == []
-    assert attempts[29] == 1, "what had not begun was not begun"
+    assert attempts[29] == 1
+
+
+def test_what_has_not_begun_when_one_fails_is_not_begun(stream: EventStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: set[int] = set()
+    cancelled: list[Any] = []
+    all_cancelled = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **more: Any) -> Any:
+            future: Any = super().submit(*arguments, **more)
+            cancel = future.cancel
+
+            def noted() -> bool:
+                cancelled.append(future)
+                if len(cancelled) == 3:
+                    all_cancelled.set()
+                return bool(cancel())
+
+            future.cancel = noted
+            return future
+
+    @consumer(topic=ORDERS, isolate="per_event", concurrency=2, retry=RetryPolicy(max_attempts=1))
+    def work(record: Record) -> None:
+        begun.add(record.data["n"])
+        if record.data["n"] == 0:
+            wait_until(lambda: 1 in begun, "its neighbour")
+            raise TransientError("away")
+        all_cancelled.wait(PATIENT_S)
+
+    monkeypatch.setattr(isolation, "ThreadPoolExecutor", Pool)
+    publish(stream, [0] * 10)
+    with pytest.raises(RetriesExhaustedError):
+        run_pending(stream, work)
+    assert all_cancelled.is_set()
+    assert begun <= {0, 1, 2}, "of the four that wait for a thread or have one"
 
 
 def test_no_call_is_under_way_when_a_run_has_failed(stream: EventStream) -> None:
