@@ -24,7 +24,7 @@ def _role(previous: bool) -> "Role":
 
 @click.group("versions")
 def command() -> None:
-    """Look at versions of a group's state; compare, promote, abandon them.
+    """Compare, promote, abandon versions of state.
 
     The next version is made by djp.follow, by a run of the rebuild job, and kept up to date by these or by a worker.
     """

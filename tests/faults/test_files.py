@@ -22,6 +22,7 @@ from djp_dagster.errors import (
 from djp_dagster.processing.batch import Batch
 from djp_dagster.processing.consumer import consumer
 from djp_dagster.processing.run import run_pending
+from djp_dagster.streams.sql.schema import FORMAT_VERSION
 from djp_dagster.streams.stream import EventStream, open_stream
 from djp_dagster.streams.topics import Topic
 from djp_dagster.testing import crash_at
@@ -472,7 +473,7 @@ def test_a_database_of_something_else_is_left_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [("3", "upgrade djp-dagster"), ("0", "the release that wrote it"), ("x", "that wrote it")]
+    ("version", "remedy"), [(str(FORMAT_VERSION + 1), "upgrade djp-dagster"), ("0", "the release that wrote it"), ("x", "that wrote it")]
 )
 def test_another_format_version_is_left_alone(path: Path, version: str, remedy: str) -> None:
     filled(path).close()
@@ -481,4 +482,4 @@ def test_another_format_version_is_left_alone(path: Path, version: str, remedy: 
     raw.close()
     with pytest.raises(StreamFormatError, match=remedy) as caught:
         open_stream(path)
-    assert (caught.value.facts["found"], caught.value.facts["supported"]) == (version, 2)
+    assert (caught.value.facts["found"], caught.value.facts["supported"]) == (version, FORMAT_VERSION)
