@@ -473,7 +473,8 @@ def test_a_database_of_something_else_is_left_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(str(FORMAT_VERSION + 1), "upgrade djp-dagster"), ("0", "the release that wrote it"), ("x", "that wrote it")]
+    ("version", "remedy"),
+    [(str(FORMAT_VERSION + 1), "upgrade djp-dagster"), ("0", "the release that wrote it"), ("x", "that wrote it")],
 )
 def test_another_format_version_is_left_alone(path: Path, version: str, remedy: str) -> None:
     filled(path).close()
