@@ -42,6 +42,11 @@ class Arena:
         self.processes.append(process)
         return process
 
+    def wait_until_at_work(self, process: ForkServerProcess) -> None:
+        """Wait until a process has announced that it does its work; unless it has ended."""
+        signs = self.folder / f"alive-{process.pid}"
+        wait_for(lambda: signs.exists() or not process.is_alive(), f"{process} to work")
+
     def wait_until_stopped(self, process: ForkServerProcess, where: str) -> None:
         """Wait until a process has stopped, and holds no lock: SQLite would wait for it for ever."""
         status = Path(f"/proc/{process.pid}/stat")

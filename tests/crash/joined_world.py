@@ -153,8 +153,8 @@ def run(
                     djp.run_pending(
                         stream, known[name], lease=LEASE_S, wait=0.3, stop=local, state_folder=Path(folder) / state
                     )
-                except djp.errors.LeaseBusyError:
-                    continue
+                except (djp.errors.LeaseBusyError, djp.errors.FencedError):
+                    continue  # somebody else has it
             watcher.wait(0.1)
 
 

@@ -323,7 +323,7 @@ def _check_counts_state(books: Books, per_user: dict[str, list[int]]) -> None:
     wanted: dict[Any, Any] = {user: len(numbers) for user, numbers in per_user.items()}
     for user, numbers in per_user.items():
         last = list(enumerate(numbers, start=1))[-REMEMBERED:]
-        wanted.update({(user, count): {"n": n, "note": f"order {n} of {user}" * 5} for count, n in last})
+        wanted.update({(user, count): {"n": n, "note": f"order {n} of {user}" * 3} for count, n in last})
     assert books.changelog("counts") == wanted
     assert books.deadlines("counts") == dict.fromkeys(per_user, 1)
     check_snapshots(books, "counts", keep=2)

@@ -3,9 +3,6 @@
 import random
 import time
 from collections.abc import Callable
-from functools import partial
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 
 import pytest
 
@@ -79,10 +76,6 @@ def test_open_batches_change_hands_between_modes(arena: Arena, seed: random.Rand
     check(arena.books, acknowledged)
 
 
-def _is_at_work(signs: Path, process: ForkServerProcess) -> bool:
-    return signs.exists() or not process.is_alive()
-
-
 def random_kills(arena: Arena, seed: random.Random, kills: int) -> None:
     """Publisher, workers and runners under load; ``kills`` of them die at random moments and are started anew."""
     world.open_world(str(arena.folder)).close()
@@ -98,8 +91,7 @@ def random_kills(arena: Arena, seed: random.Random, kills: int) -> None:
     for _ in range(kills):
         victim = seed.randrange(len(roles))
         process = alive[victim]
-        signs = arena.folder / f"alive-{process.pid}"
-        wait_for(partial(_is_at_work, signs, process), "the victim to work")
+        arena.wait_until_at_work(process)
         # The pause is the experiment: where in its work the victim is when it dies.
         time.sleep(seed.uniform(0.0, 0.16))
         process.kill()

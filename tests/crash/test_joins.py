@@ -187,8 +187,7 @@ class Crowd:
     def kill_one(self) -> None:
         """A random one, at a random moment after it has begun to work; what replaces it is none, one or two."""
         victim = self.alive.pop(self.seed.randrange(len(self.alive)))
-        signs = self.arena.folder / f"alive-{victim.pid}"
-        wait_for(signs.exists, "the victim to work")
+        self.arena.wait_until_at_work(victim)
         # The pause is the experiment: where in its work the victim is when it dies.
         time.sleep(self.seed.uniform(0.0, 0.2))
         victim.kill()

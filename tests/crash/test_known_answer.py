@@ -13,7 +13,7 @@ import pytest
 import djp_dagster as djp
 from tests.crash.conftest import Arena, wait_for
 from tests.crash.oracle import Books, check_local_files, check_snapshots, decoded
-from tests.crash.world import LEASE_S, PATIENT, until_stopped
+from tests.crash.world import LEASE_S, PATIENT, announce, until_stopped
 
 pytestmark = pytest.mark.crash
 
@@ -26,7 +26,7 @@ Totals = dict[str, list[int]]
     stateful=True,
     max_batch=djp.Threshold(events=400),
     retry=PATIENT,
-    snapshots=djp.SnapshotPolicy(bytes="48KiB"),
+    snapshots=djp.SnapshotPolicy(changes=200),
 )
 def totals(batch: djp.Batch) -> None:
     """Edits, added and deleted, per hour and per channel."""
@@ -41,6 +41,7 @@ def count(folder: str) -> None:
     """A worker process."""
     with djp.open_stream(Path(folder) / "stream.db") as stream:
         worker = djp.Worker(stream, [totals], lease=LEASE_S, state_folder=Path(folder) / "state")
+        announce(folder)
         worker.run(until_stopped(folder))
 
 
@@ -76,8 +77,9 @@ def test_wikipedia_edits_under_random_kills(arena: Arena, seed: random.Random, s
     alive = [arena.start(count), arena.start(count)]
     kills = 0
     while not arena.books.everything_done():
-        time.sleep(seed.uniform(0.1, 0.5))  # the experiment: where in its work the victim is
         victim = seed.randrange(2)
+        arena.wait_until_at_work(alive[victim])
+        time.sleep(seed.uniform(0.1, 0.5))  # the experiment: where in its work the victim is
         alive[victim].kill()
         alive[victim] = arena.start(count)
         kills += 1

@@ -53,7 +53,7 @@ def count(batch: djp.Batch) -> dict[str, object]:
         user, n = data["user"], data["n"]
         number = batch.state.get(user, 0) + 1
         batch.state.set(user, number)
-        batch.state.set((user, number), {"n": n, "note": f"order {n} of {user}" * 5})
+        batch.state.set((user, number), {"n": n, "note": f"order {n} of {user}" * 3})
         if number > REMEMBERED:
             batch.state.delete((user, number - REMEMBERED))
         batch.set_deadline(user, record.append_time + timedelta(days=1))
@@ -157,8 +157,8 @@ def run(folder: str, names: list[str], point: str | None = None, hit: int = 1, h
                     djp.run_pending(
                         stream, CONSUMERS[name], lease=LEASE_S, wait=5, stop=local, state_folder=Path(folder) / "state"
                     )
-                except djp.errors.LeaseBusyError:
-                    continue
+                except (djp.errors.LeaseBusyError, djp.errors.FencedError):
+                    continue  # somebody else has it
             watcher.wait(0.2)
 
 
