@@ -2,7 +2,8 @@
 
 It is a cache, and disks rot, so that what it says must be true or noticed. Each value is stored with a checksum of
 itself and its key. That a key is not there, or that there are no more in a range, is believed only if an index of the
-keys, which is another tree of pages, says so as well. Anything else is `StateMismatchError`, cured by restoring it.
+keys, which is another tree of pages, says so as well. And a file that was closed in order has a checksum of all of it
+beside it. Anything else is `StateMismatchError`, cured by restoring it.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -240,27 +242,26 @@ class StateFile:
         after = ">="
         while True:
             page = self._page(after, low, high)
-            for key, sealed in page:
-                value = self._unsealed(key, sealed)
-                if not (low < key or (low == key and after == ">=")):
-                    raise self.mismatch(f"key {key[:80]!r} is not in its place")
-                yield key, value
-                low, after = key, ">"
+            yield from page
             if len(page) < _ROWS_PER_PAGE:
                 return
+            after, low = ">", page[-1][0]
 
-    def _page(self, after: str, low: bytes, high: bytes | None) -> Sequence[Any]:
-        """The first rows of the range; the index must know of as many."""
+    def _page(self, after: str, low: bytes, high: bytes | None) -> list[tuple[bytes, bytes]]:
+        """The first rows of the range; all are looked at before the first is believed, which may be out of place."""
         bounds, below = ((low,), "") if high is None else ((low, high), " AND key < ?")
         query = f"SELECT key, value FROM kv WHERE key {after} ?{below} ORDER BY key LIMIT {_ROWS_PER_PAGE}"  # noqa: S608
         count = f"SELECT COUNT(*) FROM kv INDEXED BY kv_keys WHERE key {after} ?{below}"  # noqa: S608
         with self._translated(), self.pinned():
-            page = self._db.execute(query, bounds).fetchall()
-            if len(page) == _ROWS_PER_PAGE:
-                bounds, count = (*bounds, page[-1][0]), f"{count} AND key <= ?"
+            rows = self._db.execute(query, bounds).fetchall()
+            if len(rows) == _ROWS_PER_PAGE:
+                bounds, count = (*bounds, rows[-1][0]), f"{count} AND key <= ?"
             (known,) = self._db.execute(count, bounds).fetchone()
-        if known != len(page):
-            raise self.mismatch(f"{known} keys of a range have {len(page)} values")
+        if known != len(rows):
+            raise self.mismatch(f"{known} keys of a range have {len(rows)} values")
+        page = [(key, self._unsealed(key, sealed)) for key, sealed in rows]
+        if any(one >= other for (one, _), (other, _) in pairwise(page)):
+            raise self.mismatch("keys are not in their places")
         return page
 
     def __len__(self) -> int:
@@ -290,7 +291,33 @@ def _sealed(key: bytes, value: bytes) -> bytes:
     return value + crc32(key, crc32(value)).to_bytes(4, "big")
 
 
+def seal(path: Path) -> None:
+    """Leave a checksum of a file beside it, if nobody has it open: SQLite keeps its log for as long."""
+    if path.exists() and not Path(f"{path}-wal").exists():
+        written = Path(f"{path}.sum.new")
+        written.write_text(_checksum(path))
+        written.replace(f"{path}.sum")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is what it was when it was sealed, if it was; the checksum goes, for it may be changed now."""
+    sealed = Path(f"{path}.sum")
+    if not sealed.exists():
+        return True
+    expected = sealed.read_bytes()
+    sealed.unlink()
+    return path.exists() and expected == _checksum(path).encode()
+
+
+def _checksum(path: Path) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = crc32(chunk, checksum)
+    return f"{checksum:08x} {path.stat().st_size}"
+
+
 def remove(path: Path) -> None:
-    """Remove a state file and what SQLite keeps beside it."""
-    for suffix in ("", "-wal", "-shm"):
+    """Remove a state file and what lies beside it."""
+    for suffix in ("", "-wal", "-shm", ".sum"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)

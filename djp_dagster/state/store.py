@@ -13,9 +13,9 @@ How the file comes to be what the changelog says, before every batch and after e
    sets the offset. *Damage found by it:* the file is discarded, and restored.
    *Crash:* the file is behind, and the next catches up from there.
 
-A file is opened, discarded and restored under a lock beside it, which ends with its process: SQLite finds the log of a
-database by its name, so the one must not come and go without the other. Who has a file open that was replaced goes on
-with the old one until its next step 3.
+A file is opened, closed, discarded and restored under a lock beside it, which ends with its process: SQLite finds the
+log of a database by its name, so the one must not come and go without the other. Who has a file open that was replaced
+goes on with the old one until its next step 3.
 
 No handler is called in any of it. If neither a snapshot nor the changelog's beginning is left, `StateLostError`.
 """
@@ -40,7 +40,7 @@ from djp_dagster.errors import (
     StreamBusyError,
     StreamCorruptError,
 )
-from djp_dagster.state.file import Change, StateFile, remove
+from djp_dagster.state.file import Change, StateFile, is_whole, remove, seal
 from djp_dagster.streams.contracts import EventLog
 from djp_dagster.streams.model import Snapshot
 from djp_dagster.streams.records import TopicPartition, decode_changes
@@ -112,6 +112,8 @@ class TaskStore:
         return StateFile(path, self.lineage, f"{self._changelog.topic!r} partition {self._changelog.partition}")
 
     def _open_or_anew(self) -> StateFile:
+        if not is_whole(self._path):
+            self._remove("its bytes are not those it was closed with")
         try:
             return self._open(self._path)
         except StateMismatchError as error:
@@ -256,8 +258,16 @@ class TaskStore:
         return self._file.get_many(keys)
 
     def close(self) -> None:
-        """Release the file."""
-        self._file.close()
+        """Release the file, sealed if nobody else has it open."""
+        try:
+            if self._file.is_in_place():
+                with self._alone():
+                    self._file.close()
+                    seal(self._path)
+        except (StreamBusyError, OSError) as error:
+            _log.info("local state %s is left without a checksum: %s", self._path, error)
+        finally:
+            self._file.close()
 
 
 def _changes_in(blob: bytes) -> list[Change]:

@@ -154,14 +154,18 @@ class StateView:
             time.sleep(_LOOK_EVERY_S)
 
     def _follow(self, task: int, end: int, view: GroupView) -> bool:
-        """Steps 2 and 3 for one task; whether its changelog still is the one that step 1 speaks of."""
+        """Steps 2 and 3 for one task; whether it need not be asked again."""
         store = self._stores[task]
         reached = store.catch_up(end)
         if reached < end or store.file.lineage != f"{self._stream.incarnation}/{view.identity}":
             return False
         if reached == end:
             note = msgspec.json.encode([[*at, offset] for at, offset in view.positions.items()]).decode()
-            store.file.note(end, note)
+            try:
+                store.file.note(end, note)
+            except StateMismatchError as error:
+                store.restore_later(str(error))
+                return False
         return True
 
     def _take_note(self, view: GroupView) -> None:

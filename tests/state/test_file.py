@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from djp_dagster import Batch, Consumer, Event, EventStream, Topic, consumer, ru
 from djp_dagster.errors import StateMismatchError, StreamBusyError
 from djp_dagster.state.file import StateFile, remove
 from djp_dagster.state.store import TaskStore
+from djp_dagster.streams.records import TopicPartition
+from djp_dagster.streams.topics import changelog_of
 from djp_dagster.testing import memory_stream
 from tests.processing.kit import at
 from tests.state.kit import CHANGELOG, store_in, values_of
@@ -59,21 +62,37 @@ def flip(path: Path, rng: random.Random, *, within: int | None = None) -> None:
 
 @pytest.mark.parametrize(("users", "within"), [(600, None), (20, None), (60, 4096)], ids=["large", "small", "header"])
 @pytest.mark.parametrize("handler", [by_batch, by_event], ids=["batch", "event"])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])
 def test_whichever_bytes_are_damaged_the_state_is_that_of_an_undamaged_run(
-    handler: Consumer, users: int, within: int | None, seed: random.Random, tmp_path: Path
+    closed: bool, handler: Consumer, users: int, within: int | None, seed: random.Random, tmp_path: Path
 ) -> None:
+    """Any number of bytes of a file that was closed; one of a file whose process was killed, and could not seal it."""
     with memory_stream() as stream, memory_stream() as golden:
         for one in (stream, golden):
             handler.register(one)
-        for number in range(25):
+        for number in range(20):
             events = visits(seed, 1500 if number == 0 else 15, users)
             for one, folder in ((stream, "damaged"), (golden, "golden")):
                 one.publish(VISITS, events)
                 run_pending(one, handler, state_folder=tmp_path / folder)
             assert values_of(stream, handler.group) == values_of(golden, handler.group), number
             (file,) = (tmp_path / "damaged").rglob("0.db")
-            flip(file, seed, within=within)
+            if closed:
+                for _ in range(seed.randrange(1, 4)):
+                    flip(file, seed, within=within)
+            else:
+                restored(stream, handler, file)
+                flip(file, seed, within=within)
         assert stream.dead_letters(handler.group, status=None) == []
+
+
+def restored(stream: EventStream, handler: Consumer, file: Path) -> None:
+    """A new file, without the damage that nobody has come past; its process is killed."""
+    remove(file)
+    store = TaskStore(file, stream.log, TopicPartition(changelog_of(handler.group), 0))
+    store.catch_up()
+    store.file.close()
+    assert not Path(f"{file}.sum").exists()
 
 
 def _is_of_a_format_that_can_only_be_read(content: bytearray) -> None:
@@ -203,6 +222,56 @@ def test_what_one_process_writes_between_two_looks_of_another_is_no_damage(tmp_p
         thread.join()
         writer.close()
         reader.close()
+
+
+class TestSeals:
+    """A checksum of the whole file, for as long as nobody has it open."""
+
+    @pytest.fixture
+    def stream(self) -> Iterator[EventStream]:
+        with memory_stream() as opened:
+            yield opened
+
+    @staticmethod
+    def is_sealed(store: TaskStore) -> bool:
+        return Path(f"{store.file.path}.sum").exists()
+
+    def test_the_last_who_closes_leaves_one_and_the_first_who_opens_takes_it(self, stream: EventStream) -> None:
+        one, other = store_in(stream), store_in(stream)
+        one.apply(ROWS, 0, len(ROWS))
+        one.close()
+        assert not self.is_sealed(other)
+        other.close()
+        other.close()
+        assert self.is_sealed(other)
+        again = store_in(stream)
+        assert (self.is_sealed(again), again.offset) == (False, len(ROWS))
+        again.close()
+
+    def test_without_one_a_file_is_used_as_it_is(self, stream: EventStream, caplog: pytest.LogCaptureFixture) -> None:
+        store = store_in(stream)
+        store.apply(ROWS, 0, len(ROWS))
+        store.file.close()  # as the end of its process does
+        again = store_in(stream)
+        assert (again.offset, caplog.text) == (len(ROWS), "")
+        again.close()
+
+    @pytest.mark.parametrize("content", [b"", b"00000000 0", b"\xff"])
+    def test_one_that_is_wrong_itself_costs_a_restore(self, content: bytes, stream: EventStream) -> None:
+        store = store_in(stream)
+        store.apply(ROWS, 0, len(ROWS))
+        store.close()
+        Path(f"{store.file.path}.sum").write_bytes(content)
+        again = store_in(stream)
+        assert again.offset == 0
+        again.close()
+
+    def test_a_folder_that_is_gone_is_not_made_for_it(self, tmp_path: Path, stream: EventStream) -> None:
+        stream.create_topic(Topic(CHANGELOG.topic))
+        store = TaskStore(tmp_path / "deep" / "state.db", stream.log, CHANGELOG)
+        shutil.rmtree(tmp_path / "deep")
+        store.close()
+        assert not (tmp_path / "deep").exists()
 
 
 def test_a_place_that_cannot_be_used_is_an_outage_and_no_damage(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ class TestTaking:
         run_pending(stream, counting(), state_folder=tmp_path)
         assert snapshots(stream)
         assert (left.exists(), of_another.exists()) == (False, True)
-        assert {path.name for path in file.parent.iterdir()} == {"0.db", "0.db.lock", "1.db.snapshot-x"}
+        assert {path.name for path in file.parent.iterdir()} == {"0.db", "0.db.lock", "0.db.sum", "1.db.snapshot-x"}
 
     @pytest.mark.parametrize("error", [PayloadStoreUnavailableError("away"), OSError(28, "No space left on device")])
     def test_an_outage_leaves_it_to_the_next_batch(
