@@ -78,7 +78,7 @@ def run(settings: Settings) -> list[Row]:
             stream.publish(UPDATES, [_update(number) for number in range(start, start + BATCH)])
         run_pending(stream, table(), state_folder=folder / "state")
         rows = _reads(settings, stream, folder, keys)
-        with _downloads(stream) as payloads:
+        with _payloads_read(stream) as payloads:
             from_changelog = _restores(settings, stream, folder, keys)
             assert not payloads
             rows += _snapshot(stream, folder)
@@ -185,20 +185,20 @@ def _rocksdict(path: Path, keys: int) -> _Reader:
 
 
 @contextmanager
-def _downloads(stream: EventStream) -> Iterator[list[object]]:
-    """What is downloaded from the payload store within the block."""
+def _payloads_read(stream: EventStream) -> Iterator[list[object]]:
+    """What is read of the payload store within the block."""
     store: Any = stream.payloads
-    original, seen = store.download, []
+    original, seen = store.open, []
 
-    def download(payload: object, path: Path) -> object:
+    def noted(payload: object, *arguments: Any, **settings: Any) -> Any:
         seen.append(payload)
-        return original(payload, path)
+        return original(payload, *arguments, **settings)
 
-    store.download = download
+    store.open = noted
     try:
         yield seen
     finally:
-        del store.download
+        del store.open
 
 
 def _restores(settings: Settings, stream: EventStream, folder: Path, keys: int) -> list[float]:
