@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from djp_dagster.errors import InvalidSettingError, StaleReadError, StateMismatchError
+from djp_dagster.errors import InvalidSettingError, StaleReadError, StateMismatchError, StreamBusyError
 from djp_dagster.partitioning import partition_of
 from djp_dagster.state.keys import StateKey, decode_key, encode_key, key_range
 from djp_dagster.state.store import TaskStore
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from djp_dagster.processing.consumer import Consumer
 
 _LOOK_EVERY_S = 0.05
+_TRIES = 20
 
 
 class StateView:
@@ -122,12 +123,12 @@ class StateView:
                 value=True,
             )
         give_up = time.monotonic() + parse_seconds(wait, name="wait")
-        while True:
+        for _ in range(_TRIES):
             view = self._awaited(at_least or {}, give_up)
             if all(self._follow(task, end, view) for task, end in view.changelog.items()):
-                break
-        self._take_note(view)
-        return self
+                self._take_note(view)
+                return self
+        raise StreamBusyError(f"the state of group {self._group!r} is replaced again and again; try again")
 
     def _awaited(self, at_least: Mapping[TopicPartition, int], give_up: float) -> GroupView:
         """Step 1, again until the group has come far enough."""

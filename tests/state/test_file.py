@@ -20,6 +20,7 @@ from djp_dagster.streams.topics import changelog_of
 from djp_dagster.testing import memory_stream
 from tests.processing.kit import at
 from tests.state.kit import CHANGELOG, store_in, values_of
+from tests.state.test_store import write
 
 VISITS = Topic("visits", key="user")
 ROWS = [(b"key %06d" % number, b"value %d " % number * 3) for number in range(3000)]
@@ -311,8 +312,6 @@ class TestDamageWhileItIsOpen:
         ],
     )
     def test_catching_up_notices_and_restores(self, stream: EventStream, statement: str) -> None:
-        from tests.state.test_store import write
-
         store = store_in(stream)
         write(stream, [(b"a", b"1"), (b"b", b"2")], [(b"a", b"3"), (b"c", b"4")])
         store.catch_up()
@@ -321,6 +320,26 @@ class TestDamageWhileItIsOpen:
         assert store.catch_up() == stream.log.spans([CHANGELOG.topic])[CHANGELOG].end
         assert dict(store.file.items()) == {b"a": b"3", b"c": b"4"}
         store.close()
+
+    def test_who_finds_that_another_was_quicker_goes_on_from_there(
+        self, stream: EventStream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        one, other = store_in(stream), store_in(stream)
+        write(stream, [(b"a", b"1")], [(b"b", b"2")])
+        read = stream.log.read
+
+        def late(*arguments: Any, **more: Any) -> Any:
+            found = read(*arguments, **more)
+            monkeypatch.setattr(stream.log, "read", read)
+            other.catch_up(1)
+            return found
+
+        monkeypatch.setattr(stream.log, "read", late)
+        assert one.catch_up() == 2
+        assert dict(one.file.items()) == dict(other.file.items()) == {b"a": b"1", b"b": b"2"}
+        assert caplog.text == ""
+        one.close()
+        other.close()
 
     def test_a_handler_that_comes_past_it_is_called_again(self, stream: EventStream, tmp_path: Path) -> None:
         @consumer(topic=VISITS, stateful=True, group="g")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -49,6 +49,12 @@ def test_encoded_keys_compare_as_keys_do(one: Any, other: Any) -> None:
 
 @settings(max_examples=500)
 @given(st.lists(PARTS, max_size=3), st.lists(PARTS, max_size=3))
+@example(["a"], ["a\0"])
+@example([1, ""], [1, "\0"])
+@example([b"a"], [b"a\0\xff", 1])
+@example([b"\xff"], [b"\xff\xff"])
+@example(["a"], ["a", b"\xff"])
+@example([], [2**64 - 1])
 def test_tuples_begin_with_a_prefix_if_their_bytes_are_in_its_range(one: list[Any], other: list[Any]) -> None:
     prefix, key = tuple(one), tuple(other)
     low, high = key_range(prefix)

@@ -268,17 +268,21 @@ class TestTaking:
             run_pending(stream, counting(), state_folder=tmp_path)
             assert values_of(stream, "count") == counted(stream)
 
-    def test_a_damaged_file_is_not_copied(self, stream: EventStream, seed: random.Random, tmp_path: Path) -> None:
+    def test_a_damaged_file_is_not_copied(
+        self, stream: EventStream, seed: random.Random, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """The value that is wrong is one that no handler comes past."""
         stream.publish(WORDS, [WORDS.event(word="once")])
         run_pending(stream, counting(), state_folder=tmp_path)
         (file,) = tmp_path.rglob("0.db")
+        Path(f"{file}.sum").unlink()  # its process was killed
         db = sqlite3.connect(file)
         db.execute("UPDATE kv SET value = zeroblob(8)")
         db.commit()
         db.close()
         stream.publish(WORDS, words(seed, 100))
         run_pending(stream, counting(), state_folder=tmp_path)
+        assert "does not match its checksum" in caplog.text
         assert snapshots(stream)
         assert values_of(stream, "count") == counted(stream)
         assert stream.dead_letters("count", status=None) == []
