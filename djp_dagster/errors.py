@@ -16,6 +16,7 @@
     │   ├── LookupUnavailableError      a service did not answer, as often as it was asked
     │   ├── NotCaughtUpError            a version that is to be promoted is behind the live one
     │   ├── StaleReadError              a table has not come as far as it was asked for
+    │   ├── StateMismatchError          local state that does not continue its changelog: it is restored
     │   ├── ShuffleSpaceError           no space left for the temporary files of a map-reduce
     │   └── DeadlineOvertakenError      an input holds a record older than a fired deadline: cut longer
     └── TerminalError                   trying again cannot help; the cause must change
@@ -41,7 +42,6 @@
         ├── RedriveFailedError          a dead letter failed again; it stays pending
         ├── SystemicFailureError        more poison than ``max_poison``
         ├── ReplayExpiredError          a window that retention has begun to remove
-        ├── StateMismatchError          local state that does not continue its changelog
         ├── StateLostError              neither a snapshot nor the beginning of the changelog is left
         ├── CoPartitionError            inputs of a join, or a table, that are not partitioned by its key
         ├── EventDagError               consumers that do not make a chain
@@ -255,7 +255,7 @@ class SystemicFailureError(TerminalError):
     """More records of a batch fail than ``max_poison``: the code or a dependency is at fault, not the data."""
 
 
-class StateMismatchError(TerminalError):
+class StateMismatchError(TransientError):
     """A task's local state does not continue its changelog; it must be discarded and restored."""
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.claim_check.serializers import load_value
+from djp_dagster.errors import InvalidSettingError
 from djp_dagster.events import Event
 from djp_dagster.mapreduce.combining import CombineFn, find_disagreement
 from djp_dagster.processing.consumer import Consumer
@@ -107,10 +108,13 @@ def run_consumer(
 
     Args:
         consumer: the consumer under test.
-        events: for its first topic; or by topic.
+        events: for its topic; if it reads several, each for the topic that its type names; or by topic.
         resources: the handler's further parameters.
         tables: what was published to the topic of each table it reads, before.
         clock: for tests of deadlines.
+
+    Raises:
+        InvalidSettingError: it reads several topics, and an event's type is none of them.
 
     Example:
         >>> from djp_dagster import Topic, consumer
@@ -122,7 +126,7 @@ def run_consumer(
         >>> [record.data["n"] for record in run_consumer(double, [numbers.event(n=21)]).emitted["doubled"]]
         [42]
     """
-    by_topic = events if isinstance(events, Mapping) else {consumer.topics[0]: events}
+    by_topic = events if isinstance(events, Mapping) else _by_type(consumer, events)
     with memory_stream(clock=clock) as stream, tempfile.TemporaryDirectory(prefix="djp-state-") as folder:
         info = consumer.register(stream)
         for table, updates in (tables or {}).items():
@@ -142,6 +146,23 @@ def run_consumer(
             state=_state_of(stream, consumer, info.tasks, Path(folder)),
             batches=report.batches,
         )
+
+
+def _by_type(consumer: Consumer, events: Sequence[Event]) -> Mapping[Topic, Sequence[Event]]:
+    if len(consumer.topics) == 1:
+        return {consumer.topics[0]: events}
+    known = {topic.name: topic for topic in consumer.topics}
+    by_topic: dict[Topic, list[Event]] = {}
+    for event in events:
+        if event.type not in known:
+            raise InvalidSettingError(
+                f"{consumer.group!r} reads {sorted(known)}, and an event has type {event.type!r}; say where it goes: "
+                "run_consumer(consumer, {topic: [event]})",
+                setting="events",
+                value=event.type,
+            )
+        by_topic.setdefault(known[event.type], []).append(event)
+    return by_topic
 
 
 def _all_records(stream: EventStream, topic: Topic) -> Iterator[Record]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from djp_dagster.claim_check.stores import PayloadStore
     from djp_dagster.processing.consumer import Consumer
+    from djp_dagster.processing.views import Views
     from djp_dagster.state.task_state import TaskState
     from djp_dagster.state.view import StateView
 
@@ -117,11 +118,11 @@ class Batch:
         effects: Effects,
         topics: Mapping[str, TopicInfo],
         fencing_token: int,
+        views: "Views",
         state: "TaskState | None" = None,
         payloads: "PayloadStore | None" = None,
         max_poison: int = 10,
         blocks: bool = False,
-        views: "Callable[[Consumer], StateView] | None" = None,
     ) -> None:
         self.id, self.group, self.attempt = intent.batch_id, intent.group, intent.attempt
         self.reason, self.ranges = intent.reason, intent.ranges
@@ -269,14 +270,7 @@ class Batch:
             InvalidSettingError: it does not.
             StateLostError, StreamUnavailableError: the replica cannot be brought up to date.
         """
-        if self._views is None:
-            raise InvalidSettingError(
-                f"consumer {self.group!r} reads the table {consumer.group!r}; declare it with "
-                f"@consumer(tables=[{consumer.group}])",
-                setting="tables",
-                value=consumer.group,
-            )
-        return self._views(consumer)
+        return self._views.table(consumer)
 
     @property
     def task(self) -> int:

@@ -28,6 +28,16 @@ class EmitScope(NamedTuple):
     batch_id: str
 
 
+class Mark(NamedTuple):
+    """A point of an attempt, to come back to."""
+
+    deadlines: int
+    emits: tuple[int, ...]
+    failed: int
+    counts: dict[str, int]
+    gauges: dict[str, float]
+
+
 class Emits:
     """Events for one topic, each with the record that caused it (None: the batch)."""
 
@@ -98,7 +108,9 @@ class Effects:
             self._emits[name].events.extend(emits.events)
             self._emits[name].causes.extend(emits.causes)
         self.failed.update(child.failed)
+        self.letters.extend(child.letters)
         self.gauges.update(child.gauges)
+        self.per_task.update(child.per_task)
         for at, due in child.deadlines.items():
             self.set_deadline(*at, due)
         for name, number in child.counts.items():
@@ -109,19 +121,23 @@ class Effects:
         """How many events were emitted."""
         return sum(len(emits.events) for emits in self._emits.values())
 
-    def mark(self) -> tuple[int, ...]:
-        """A point to come back to with `undo`."""
-        return (len(self._undo_deadlines), *(len(emits.events) for emits in self._emits.values()))
+    def mark(self) -> Mark:
+        """A point to come back to with `undo`. Figures are few; they are copied."""
+        emitted = tuple([len(emits.events) for emits in self._emits.values()])
+        return Mark(len(self._undo_deadlines), emitted, len(self.failed), self.counts.copy(), self.gauges.copy())
 
-    def undo(self, mark: tuple[int, ...]) -> None:
-        """Take back everything emitted or set since ``mark``."""
-        while len(self._undo_deadlines) > mark[0]:
+    def undo(self, mark: Mark) -> None:
+        """Take back everything emitted, failed, set or counted since ``mark``."""
+        while len(self._undo_deadlines) > mark.deadlines:
             at, before = self._undo_deadlines.pop()
             del self.deadlines[at]
             self.deadlines.update(before)
-        for emits, length in zip(self._emits.values(), mark[1:], strict=True):
+        for emits, length in zip(self._emits.values(), mark.emits, strict=True):
             del emits.events[length:]
             del emits.causes[length:]
+        while len(self.failed) > mark.failed:
+            self.failed.popitem()
+        self.counts, self.gauges = mark.counts.copy(), mark.gauges.copy()
 
     def encode_emits(self) -> tuple[EncodedBatch, ...]:
         """The emitted events as record batches, with derived ids.
@@ -153,7 +169,7 @@ class Effects:
         topic = emits.topic
         buckets: list[list[tuple[Any, ...]]] = [[] for _ in range(topic.partitions)]
         # Everything below runs once per emitted event.
-        partition_for, derived = partitioner(topic), _DerivedIds(self._scope, topic.name)
+        partition_for, derived = partitioner(topic), DerivedIds(self._scope, topic.name)
         id_of, generated = derived.of, generated_id_prefix()
         for event, cause in zip(emits.events, emits.causes, strict=True):
             # A record passed on, whole or as its bare event, stays the event it is.
@@ -191,7 +207,7 @@ _FIELDS = ("id", "source", "type", "data", "time", "subject", "datacontenttype",
 assert Event.__struct_fields__ == _FIELDS, "an emitted event is encoded as the tuple of its fields, in this order"
 
 
-class _DerivedIds:
+class DerivedIds:
     """Ids of emitted events: a hash of what is constant, then offset and ordinal."""
 
     def __init__(self, scope: EmitScope, topic: str) -> None:

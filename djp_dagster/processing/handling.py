@@ -6,17 +6,17 @@ from typing import Any
 
 import msgspec
 
-from djp_dagster.errors import InvalidSettingError, StateMismatchError, TransientError
+from djp_dagster.errors import StateMismatchError
 from djp_dagster.processing.batch import Batch, ByteCount, read_ranges
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.effects import Effects, EmitScope, Position
 from djp_dagster.processing.failures import HandlerError
 from djp_dagster.processing.isolation import handle_each
+from djp_dagster.processing.views import Views
 from djp_dagster.state.file import Change
 from djp_dagster.state.stores import TaskStores
 from djp_dagster.state.task_state import TaskState
-from djp_dagster.state.view import StateView
 from djp_dagster.streams.model import DeadLetter, Intent, Lease, Range
 from djp_dagster.streams.records import EncodedBatch, Origin, Record, Undecodable, decode_one
 from djp_dagster.streams.stream import EventStream
@@ -63,34 +63,20 @@ class Handling:
         self._emit_topics = [stream.log.topic(topic.name) for topic in consumer.emits]
         self._input_topics = {topic.name: stream.log.topic(topic.name) for topic in consumer.topics}
         self._payloads = stream.payloads if stream.has_payloads else None
-        self._state_folder = state_folder
-        self._views: dict[str, StateView] = {}
-        self._fresh: set[str] = set()
+        self._views = Views(stream, consumer, state_folder)
         # Keys of idempotent calls are those of the live version: what it has done need not be done again.
         self._scope = f"{stream.incarnation[:12]}/{consumer.follows or consumer.group}"
 
     def close(self) -> None:
         """Release the replicas that handlers have read."""
-        for view in self._views.values():
-            view.close()
-        self._views.clear()
+        self._views.close()
 
-    def _view(self, table: Consumer) -> StateView:
-        if all(known.group != table.group for known in self._consumer.tables):
-            raise InvalidSettingError(
-                f"consumer {self._consumer.group!r} reads the table {table.group!r}; declare it with "
-                f"@consumer(tables=[...])",
-                setting="tables",
-                value=table.group,
-            )
-        view = self._views.get(table.group)
-        if view is None:
-            view = self._views[table.group] = StateView(self._stream, table, folder=self._state_folder)
-            self._fresh.add(table.group)
-        if table.group not in self._fresh:
-            view.refresh()
-            self._fresh.add(table.group)
-        return view
+    def add_figures(self, effects: Effects) -> None:
+        """Put what the consumer's resources have done since the last time among the figures of a batch.
+
+        Whatever was done in attempts that failed, and in the search for poison, is in it: a service was asked.
+        """
+        add_figures(effects, self._resources)
 
     def run(self, lease: Lease, intent: Intent, ranges: Sequence[Range], skip: frozenset[Position]) -> Attempt:
         """Run the handler on ``ranges`` without ``skip`` (in a redrive: on the intent's dead letters).
@@ -121,20 +107,20 @@ class Handling:
             # A redrive that fails says nothing about what is pending.
             max_poison=len(letters) if redrive else consumer.max_poison,
             blocks=consumer.on_poison == "block" and not redrive,
-            views=self._view if consumer.tables else None,
+            views=self._views,
         )
         batch.is_replay = consumer.follows is not None
-        self._fresh.clear()
+        self._views.begin_batch()
         reach("4.handling")
         try:
-            value = self._call(batch, effects, state)
+            value = self._call(batch, state)
             emits = effects.encode_emits()
             if consumer.follows is not None:
                 emits, value = (), None  # the live version has emitted this, and returned it
             changes = state.changes() if state is not None else []
         except StateMismatchError as error:
             self._stores.restore_later(intent.tasks, str(error))
-            raise HandlerError(TransientError(f"{error}; it is restored from its changelog")) from error
+            raise HandlerError(error) from error
         except Exception as error:
             if consumer.retry.judge(error) in ("outage", "fatal"):
                 raise
@@ -142,16 +128,12 @@ class Handling:
         size = sum(len(letter.raw) for letter in letters) + count.total
         return Attempt(effects, emits, changes, value, letters, size)
 
-    def _call(self, batch: Batch, effects: Effects, state: TaskState | None) -> Any:
+    def _call(self, batch: Batch, state: TaskState | None) -> Any:
         consumer = self._consumer
         if consumer.isolate == "batch":
-            value = consumer.handle(batch, self._resources)
-        else:
-            handle_each(consumer, batch, self._resources, state)
-            value = None
-        for name, resource in self._resources.items():
-            _add_figures(effects, name, resource)
-        return value
+            return consumer.handle(batch, self._resources)
+        handle_each(consumer, batch, self._resources, state)
+        return None
 
     def _history(self, ranges: Sequence[Range]) -> list[Range]:
         """All that was ever handled: from where the log begins to the committed offsets."""
@@ -169,11 +151,12 @@ class Handling:
             yield ([], [record]) if isinstance(record, Undecodable) else ([record], [])
 
 
-def _add_figures(effects: Effects, name: str, resource: Any) -> None:
-    """What a resource of ours has done for the batch, under its name."""
-    take = getattr(resource, "take_figures", None)
-    if take is not None:
-        counts, measures = take()
-        for figure, number in counts.items():
-            effects.counts[f"{name}_{figure}"] = number
-        effects.gauges.update({f"{name}_{figure}": value for figure, value in measures.items()})
+def add_figures(effects: Effects, resources: Mapping[str, Any]) -> None:
+    """Put what resources of ours have done since the last time among the figures, under their names."""
+    for name, resource in resources.items():
+        take = getattr(resource, "take_figures", None)
+        if take is not None:
+            counts, measures = take()
+            for figure, number in counts.items():
+                effects.counts[f"{name}_{figure}"] = number
+            effects.gauges.update({f"{name}_{figure}": value for figure, value in measures.items()})

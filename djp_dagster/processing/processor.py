@@ -183,6 +183,7 @@ class Processor:
         output = self._committer.store_output(intent, attempt.value)
         reach("5.stored")
         commit = self._committer.prepare(lease, intent, attempt, output)
+        self._handling.add_figures(attempt.effects)
         committing = time.perf_counter()
         self._committer.commit(commit)
         reach("6.committed")

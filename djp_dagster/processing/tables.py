@@ -1,6 +1,6 @@
 """Records to Arrow columns."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from djp_dagster.errors import TableSchemaError
@@ -8,19 +8,6 @@ from djp_dagster.streams.records import Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-EVENT_COLUMNS = (
-    "event_id",
-    "event_source",
-    "event_type",
-    "event_time",
-    "event_subject",
-    "topic",
-    "partition",
-    "offset",
-    "append_time",
-    "idempotency_key",
-)
 
 
 class RowCollector:
@@ -50,7 +37,9 @@ class RowCollector:
         import pyarrow as pa
 
         records, self._records = self._records, []
-        columns = {**_event_columns(records), **_data_columns(records)}
+        # Of a schema that was given, nothing is made but what is in it.
+        wanted = frozenset(self._schema.names) if self._drops_others and self._schema is not None else None
+        columns = {**_event_columns(records, wanted), **_data_columns(records, wanted)}
         try:
             if self._schema is not None:
                 self._require_known(columns)
@@ -78,25 +67,34 @@ class RowCollector:
             )
 
 
-def _event_columns(records: Sequence[Record]) -> dict[str, "pa.Array[Any]"]:
+_EVENT_VALUES: dict[str, Callable[[Record], Any]] = {
+    "event_id": lambda record: record.id,
+    "event_source": lambda record: record.source,
+    "event_type": lambda record: record.type,
+    "event_time": lambda record: record.event_time,
+    "event_subject": lambda record: record.subject,
+    "topic": lambda record: record.origin.topic,
+    "partition": lambda record: record.origin.partition,
+    "offset": lambda record: record.offset,
+    "append_time": lambda record: record.origin.append_micros,
+    "idempotency_key": lambda record: record.idempotency_key,
+}
+EVENT_COLUMNS = tuple(_EVENT_VALUES)
+
+
+def _event_columns(records: Sequence[Record], wanted: frozenset[str] | None) -> dict[str, "pa.Array[Any]"]:
     import pyarrow as pa
 
     utc = pa.timestamp("us", tz="UTC")
+    types = {"event_time": utc, "append_time": utc, "partition": pa.int32(), "offset": pa.int64()}
     return {
-        "event_id": pa.array([record.id for record in records], pa.string()),
-        "event_source": pa.array([record.source for record in records], pa.string()),
-        "event_type": pa.array([record.type for record in records], pa.string()),
-        "event_time": pa.array([record.event_time for record in records], utc),
-        "event_subject": pa.array([record.subject for record in records], pa.string()),
-        "topic": pa.array([record.origin.topic for record in records], pa.string()),
-        "partition": pa.array([record.origin.partition for record in records], pa.int32()),
-        "offset": pa.array([record.offset for record in records], pa.int64()),
-        "append_time": pa.array([record.origin.append_micros for record in records], utc),
-        "idempotency_key": pa.array([record.idempotency_key for record in records], pa.string()),
+        name: pa.array(list(map(value_of, records)), types.get(name, pa.string()))
+        for name, value_of in _EVENT_VALUES.items()
+        if wanted is None or name in wanted
     }
 
 
-def _data_columns(records: Sequence[Record]) -> dict[str, "pa.Array[Any]"]:
+def _data_columns(records: Sequence[Record], wanted: frozenset[str] | None) -> dict[str, "pa.Array[Any]"]:
     values = [record.data for record in records]
     if any(type(value) is not dict for value in values):
         if all(value is None for value in values):
@@ -115,7 +113,8 @@ def _data_columns(records: Sequence[Record]) -> dict[str, "pa.Array[Any]"]:
                 "over the records",
                 field=name,
             )
-        columns[column] = _array(name, [value.get(name) for value in values])
+        if wanted is None or column in wanted:
+            columns[column] = _array(name, [value.get(name) for value in values])
     return columns
 
 

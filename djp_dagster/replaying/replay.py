@@ -12,11 +12,11 @@ import msgspec
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.processing.batch import Batch, ByteCount, read_ranges
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.processing.handling import _add_figures
+from djp_dagster.processing.handling import add_figures
 from djp_dagster.processing.isolation import handle_each
+from djp_dagster.processing.views import Views
 from djp_dagster.replaying.plan import ReplayPlan
 from djp_dagster.replaying.shadowing import ShadowEffects
-from djp_dagster.state.view import StateView
 from djp_dagster.streams.model import Intent
 from djp_dagster.streams.records import Record, Undecodable
 from djp_dagster.streams.stream import EventStream
@@ -84,15 +84,10 @@ def replay(
     batch_id = _batch_id(consumer, plan)
     effects = ShadowEffects(stream, consumer, batch_id, emit_to or {})
     source = _Source(stream, consumer, plan, _Pace(max_events_per_second, stop or threading.Event()))
-    views: dict[str, StateView] = {}
-
-    def view(table: Consumer) -> StateView:
-        if table.group not in views:
-            views[table.group] = StateView(stream, table, folder=state_folder)
-        return views[table.group]
-
+    views = Views(stream, consumer, state_folder)
+    now = stream.log.now_micros()
     batch = _ReplayBatch(
-        Intent(batch_id, consumer.group, "cut", _tasks_of(plan), plan.ranges, "replay", 0),
+        Intent(batch_id, consumer.group, "cut", _tasks_of(plan), plan.ranges, "replay", now),
         source=source,
         size=source.size(),
         effects=effects,
@@ -100,14 +95,13 @@ def replay(
         fencing_token=0,
         payloads=stream.payloads if stream.has_payloads else None,
         max_poison=consumer.max_poison,
-        views=view if consumer.tables else None,
+        views=views,
     )
     try:
         value = _run(consumer, batch, consumer.resources_from(resources or {}))
         effects.flush()
     finally:
-        for opened in views.values():
-            opened.close()
+        views.close()
     seconds = time.perf_counter() - started
     failed, counts, gauges = len(effects.failed), effects.counts, effects.gauges
     return ReplayReport(value, source.events, source.count.total, effects.shadowed, failed, seconds, counts, gauges)
@@ -116,14 +110,13 @@ def replay(
 def _run(consumer: Consumer, batch: Batch, resources: Mapping[str, Any]) -> Any:
     if next(batch.chunks(), None) is None:
         return None  # no handler is ever called without records, and few are made for it
-    if consumer.isolate == "batch":
-        value = consumer.handle(batch, resources)
-    else:
+    try:
+        if consumer.isolate == "batch":
+            return consumer.handle(batch, resources)
         handle_each(consumer, batch, resources, None)
-        value = None
-    for name, resource in resources.items():
-        _add_figures(batch.effects, name, resource)
-    return value
+        return None
+    finally:
+        add_figures(batch.effects, resources)
 
 
 def _require_read(consumer: Consumer, plan: ReplayPlan) -> None:

@@ -8,7 +8,7 @@ import msgspec
 
 from djp_dagster.events import Event, generated_id_prefix
 from djp_dagster.processing.consumer import Consumer
-from djp_dagster.processing.effects import Effects, Emits, EmitScope, _DerivedIds
+from djp_dagster.processing.effects import DerivedIds, Effects, Emits, EmitScope, Mark
 from djp_dagster.streams.records import Origin, Record
 from djp_dagster.streams.stream import EventStream
 from djp_dagster.streams.topics import Topic
@@ -49,7 +49,7 @@ class ShadowEffects(Effects):
         said = msgspec.json.encode([self._scope.batch_id, consumer.code_version, shadows])
         return f"replay-{hashlib.blake2b(said, digest_size=12).hexdigest()}"
 
-    def mark(self) -> tuple[int, ...]:
+    def mark(self) -> Mark:
         """See `Effects.mark`; all records before are done with."""
         self._flush_if_many()
         return super().mark()
@@ -91,7 +91,7 @@ class ShadowEffects(Effects):
                 emits.events[index] = msgspec.structs.replace(event, id=derived, time=time)
 
 
-class _Ids(_DerivedIds):
+class _Ids(DerivedIds):
     """The ids that the live consumer derives, in a byte of memory for each record."""
 
     def _turn_to(self, origin: Origin) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from djp_dagster.errors import StateMismatchError
+from djp_dagster.errors import PayloadStoreRefusedError, StateMismatchError
 from djp_dagster.processing.crash_points import reach
 from djp_dagster.processing.failures import OUTAGES
 from djp_dagster.state.snapshots import SnapshotPolicy, take
@@ -124,7 +124,7 @@ class TaskStores:
             snapshot = take(store.file, task, self._payloads)
             reach("9.snapshot_stored")
             self._stream.coordinator.add_snapshot(lease, snapshot, keep=policy.keep)
-        except (*OUTAGES, OSError) as error:
+        except (*OUTAGES, PayloadStoreRefusedError, OSError) as error:
             _log.warning("no snapshot of %s task %d for now: %s", self._group, task, error)
             return
         except StateMismatchError as error:

@@ -262,15 +262,17 @@ def _id_of(event: Event | tuple[Any, ...]) -> str:
 
 def _encoded(topic: str, partition: int, events: Sequence[Event | tuple[Any, ...]], blob: bytes) -> EncodedBatch:
     time_of: Callable[[Any], Any] = _time_of_row if isinstance(events[0], tuple) else _time_of_event
-    # As numbers: times of one zone compare by its wall clock, which goes back in autumn.
-    times = [to_micros(time) for time in map(time_of, events) if time is not None]
+    times: list[Any] = [time for time in map(time_of, events) if time is not None]
+    if {type(time.tzinfo) for time in times} - {timezone}:
+        # As moments: times of one zone compare by its wall clock, which goes back in autumn.
+        times = [time.astimezone(timezone.utc) for time in times]
     return EncodedBatch(
         topic=topic,
         partition=partition,
         count=len(events),
         blob=blob,
-        min_event_micros=min(times, default=None),
-        max_event_micros=max(times, default=None),
+        min_event_micros=to_micros(min(times)) if times else None,
+        max_event_micros=to_micros(max(times)) if times else None,
     )
 
 

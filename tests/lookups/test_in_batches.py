@@ -626,3 +626,18 @@ def _kill_while_it_asks(server: ScriptedHttp, path: Path, *, after: int) -> None
         process.kill()
         process.wait(PATIENT_S)
         server.responder = service
+
+
+def test_calls_of_failed_attempts_are_in_the_figures(stream: EventStream, server: ScriptedHttp, made: Made) -> None:
+    """The service was asked, whatever became of the batch."""
+
+    @consumer(topic=ORDERS, retry=RetryPolicy(max_attempts=5, first=0.001, longest=0.001))
+    def handle(batch: Batch, users: HttpLookup) -> None:
+        users.get_many(record.data["user"] for record in batch)
+        if batch.attempt < 3:
+            raise TransientError("try again")
+
+    publish(stream, ["user-1"])
+    (report,) = run_pending(stream, handle, resources={"users": made()}).batches
+    assert report.attempt == 3
+    assert report.counts["users_calls"] == len(server.requests) == 3

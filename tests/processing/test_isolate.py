@@ -152,3 +152,29 @@ def test_an_emit_that_cannot_be_encoded_is_found_by_search(stream: EventStream) 
     run_pending(stream, handle)
     assert values(stream, OUT) == [0, 1, 2, 4, 5]
     assert [(letter.offset, letter.error_type) for letter in stream.dead_letters()] == [(3, "InvalidEventError")]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_failing_record_is_in_no_figure(concurrency: int) -> None:
+    @consumer(topic=NUMBERS, isolate="per_event", concurrency=concurrency)
+    def handle(record: Record, batch: Batch) -> None:
+        batch.count("seen", record.data["n"])
+        batch.gauge("last", record.data["n"], per_task=True)
+        if record.data["n"] >= 3:
+            raise ValueError
+
+    (report,) = run_consumer(handle, numbers(5)).batches
+    assert report.counts == {"seen": 0 + 1 + 2}
+    assert report.gauges == {"last": 2}
+    assert report.per_task == {"last"}
+
+
+def test_what_a_handler_failed_before_it_raised_is_taken_back() -> None:
+    @consumer(topic=NUMBERS, isolate="per_event")
+    def handle(record: Record, batch: Batch) -> None:
+        batch.fail(record, "as it says itself")
+        if record.data["n"] == 1:
+            raise ValueError("as it raises")
+
+    letters = run_consumer(handle, numbers(3)).dead_letters
+    assert [letter.error for letter in letters] == ["as it says itself", "as it raises", "as it says itself"]

@@ -98,6 +98,10 @@ class SqlGroups:
         self._ids: dict[str, int] = {}
         self._looked_at: dict[str, float] = {}
 
+    def forget_changelog(self, group: str) -> None:
+        """Look it up anew: another process may have replaced it, by a seek."""
+        self.log.catalog.forget(changelog_of(group))
+
     def id_of(self, name: str) -> int:
         """The group's number; raises `UnknownGroupError`."""
         known = self._ids.get(name)

@@ -104,6 +104,7 @@ class SqlLeases(SqlGroups):
                 epochs = self._take(connection, group_id, sorted(wanted), rows, owner, ttl_s, now)
         if busy is not None:
             raise busy
+        self.forget_changelog(group)
         return Lease(group, owner, ttl_s, epochs, tuple(intents))
 
     def _take(

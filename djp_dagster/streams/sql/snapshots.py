@@ -5,7 +5,6 @@ makes nothing known. Only then, and in transactions of its own, the changelog lo
 covers: a crash in between leaves more of it than is needed, which the next snapshot removes.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -27,16 +26,6 @@ _decode_payload = msgspec.json.Decoder(PayloadRef).decode
 
 class SqlSnapshots(SqlCommits):
     """The part of `Coordinator` about snapshots."""
-
-    def acquire(self, group: str, tasks: Sequence[int] | None, owner: str, ttl_s: float) -> Lease:
-        """See `Coordinator.acquire`."""
-        lease = super().acquire(group, tasks, owner, ttl_s)
-        self._forget_changelog(group)
-        return lease
-
-    def _forget_changelog(self, group: str) -> None:
-        """Another process may have replaced it, by a seek, since this one last looked it up."""
-        self.log.catalog.forget(changelog_of(group))
 
     def add_snapshot(self, lease: Lease, snapshot: NewSnapshot, *, keep: int) -> None:
         """See `Coordinator.add_snapshot`."""
@@ -78,7 +67,7 @@ class SqlSnapshots(SqlCommits):
 
     def view(self, group: str) -> GroupView:
         """See `Coordinator.view`."""
-        self._forget_changelog(group)
+        self.forget_changelog(group)
         topics = schema.topics
         ends = (
             sa.select(_parts.c.topic_id, _parts.c.partition, _parts.c.end_offset)

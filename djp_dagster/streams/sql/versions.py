@@ -41,7 +41,7 @@ class SqlVersions(SqlSnapshots):
                 ended = sa.update(_intents).where(_intents.c.batch_id == intent.batch_id)
                 connection.execute(ended.values(running=False, body=encode_json(intent).decode()))
             epochs = self._take(connection, group_id, sorted(rows), rows, owner, ttl_s, now)
-        self._forget_changelog(group)
+        self.forget_changelog(group)
         return Lease(group, owner, ttl_s, epochs, tuple(intents))
 
     def swap(self, live: Lease, follower: Lease, *, becomes: str) -> None:
