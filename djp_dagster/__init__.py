@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from djp_dagster.patterns.kappa import build_replay_asset, build_replay_schedule, build_replay_sensor, replay_op
     from djp_dagster.patterns.map_reduce import build_merged_asset, map_reduce_asset, map_reduce_op
     from djp_dagster.patterns.stateful_worker import build_table_asset
+    from djp_dagster.patterns.stateless_worker import HttpLookup, LookupResource
     from djp_dagster.patterns.streaming import (
         build_stream_asset,
         build_stream_sensor,
@@ -65,9 +66,9 @@ if TYPE_CHECKING:
     from djp_dagster.processing.run import RunReport, run_pending
     from djp_dagster.processing.threshold import Threshold
     from djp_dagster.processing.worker import Worker
+    from djp_dagster.replaying.plan import plan_ranges, plan_window
     from djp_dagster.replaying.replay import replay
     from djp_dagster.resources.event_stream import SqlEventStream
-    from djp_dagster.resources.lookup import HttpLookup, LookupResource
     from djp_dagster.resources.payload_stores import LocalPayloadStore
     from djp_dagster.resources.s3 import S3PayloadStore
     from djp_dagster.state.snapshots import SnapshotPolicy
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
     from djp_dagster.streams.records import Record, TopicPartition
     from djp_dagster.streams.stream import EventStream, open_stream
     from djp_dagster.streams.topics import Topic
-    from djp_dagster.versions.promotion import follow, promote, rollback
+    from djp_dagster.versions.promotion import abandon, follow, promote, rollback
 
 _HOMES = {
     "Batch": "processing.batch",
@@ -97,14 +98,14 @@ _HOMES = {
     "Event": "events",
     "EventDag": "dags.event_dag",
     "EventStream": "streams.stream",
-    "HttpLookup": "resources.lookup",
+    "HttpLookup": "patterns.stateless_worker",
     "Items": "mapreduce.sources.topics",
     "Join": "joining.declaration",
     "Joined": "joining.joined",
     "JsonLines": "mapreduce.sources.structured",
     "LocalPayloadStore": "resources.payload_stores",
     "Lookup": "lookups.lookup",
-    "LookupResource": "resources.lookup",
+    "LookupResource": "patterns.stateless_worker",
     "MapReduce": "mapreduce.job",
     "MapReduceResult": "mapreduce.results",
     "MapTask": "mapreduce.tasks",
@@ -161,6 +162,7 @@ _HOMES = {
     "claim_gc_op": "patterns.claim_gc",
     "consumer": "processing.consumer",
     "errors": "",
+    "abandon": "versions.promotion",
     "follow": "versions.promotion",
     "join": "joining.declaration",
     "map_reduce": "mapreduce.running",
@@ -173,6 +175,8 @@ _HOMES = {
     "publish_op": "orchestration.operator_jobs",
     "rebuild": "processing.commands",
     "redrive": "processing.redrive",
+    "plan_ranges": "replaying.plan",
+    "plan_window": "replaying.plan",
     "replay": "replaying.replay",
     "replay_op": "patterns.kappa",
     "request_redrive": "processing.redrive",
@@ -237,6 +241,7 @@ __all__ = [
     "TransientError",
     "Worker",
     "__version__",
+    "abandon",
     "build_batch_schedule",
     "build_batch_sensor",
     "build_buffer_job",
@@ -271,6 +276,8 @@ __all__ = [
     "map_reduce_op",
     "open_payload_store",
     "open_stream",
+    "plan_ranges",
+    "plan_window",
     "process_batch_op",
     "promote",
     "publish_op",

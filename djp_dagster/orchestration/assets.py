@@ -9,6 +9,7 @@ import dagster as dg
 
 from djp_dagster.errors import InvalidSettingError
 from djp_dagster.joining.declaration import Join
+from djp_dagster.orchestration.code_links import code_link
 from djp_dagster.orchestration.outputs import io_manager_of, table_io_manager_of
 from djp_dagster.orchestration.step import (
     ProcessConfig,
@@ -59,7 +60,9 @@ def consumer_asset(consumer: Consumer, *, options: AssetOptions) -> dg.AssetsDef
         *(consumer_key(table) for table in consumer.tables),
         *options.get("deps", ()),
     ]
+    link = {} if isinstance(consumer, Table) else code_link(consumer.handler)
     given: dict[str, Any] = {"description": consumer.__doc__, "kinds": _kinds_of(consumer), **options, "deps": deps}
+    given["metadata"] = {**link, **options.get("metadata", {})}
 
     def process(context: dg.AssetExecutionContext, config: ProcessConfig) -> Iterator[dg.MaterializeResult[Any]]:
         with processed(context, consumer, config) as done:
@@ -85,7 +88,9 @@ def consumer_asset(consumer: Consumer, *, options: AssetOptions) -> dg.AssetsDef
     return decorated
 
 
-def topic_assets(things: Iterable[Consumer | Topic], *, group_name: str | None) -> list[dg.AssetSpec]:
+def topic_assets(
+    things: Iterable[Consumer | Topic], *, only: Iterable[Topic] | None = None, group_name: str | None
+) -> list[dg.AssetSpec]:
     """One external asset per topic that is named, read or emitted to; upstream of it is who writes it."""
     topics: dict[str, Topic] = {}
     writers: dict[str, list[Consumer]] = {}
@@ -96,7 +101,14 @@ def topic_assets(things: Iterable[Consumer | Topic], *, group_name: str | None) 
         if isinstance(thing, Consumer):
             for topic in thing.emits:
                 writers[topic.name].append(thing)
-    return [_topic_asset(topic, writers[name], group_name) for name, topic in sorted(topics.items())]
+    wanted = topics.keys() if only is None else {topic.name for topic in only}
+    if unknown := sorted(wanted - topics.keys()):
+        raise InvalidSettingError(
+            f"only={unknown} names topics that are not of these consumers: {sorted(topics)}",
+            setting="only",
+            value=unknown[0],
+        )
+    return [_topic_asset(topics[name], writers[name], group_name) for name in sorted(wanted)]
 
 
 def _with_helpers(things: Iterable[Consumer | Topic]) -> Iterator[Consumer | Topic]:

@@ -6,6 +6,7 @@ milliseconds or seconds, whatever others do, and where branches meet there is a 
 that tells where an entity is.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -13,6 +14,7 @@ from pydantic import Field
 
 from djp_dagster.dags.event_dag import EventDag
 from djp_dagster.dags.tracing import Trace, describe, trace
+from djp_dagster.errors import InvalidSettingError
 from djp_dagster.orchestration.assets import consumer_asset, topic_assets
 from djp_dagster.orchestration.step import stream_of
 from djp_dagster.orchestration.tags import STREAM_KEY, consumer_key
@@ -31,14 +33,23 @@ class TraceConfig(dg.Config):
 
 
 def build_event_dag_assets(
-    dag: EventDag, *, topics: bool = True, **options: "Unpack[AssetOptions]"
+    dag: EventDag,
+    *,
+    topics: bool = True,
+    per_consumer: "Mapping[str, AssetOptions] | None" = None,
+    **options: "Unpack[AssetOptions]",
 ) -> list[dg.AssetsDefinition | dg.AssetSpec]:
     """The consumers of the DAG as assets, and its topics; each consumer shows the whole as a Mermaid diagram.
 
     Args:
         dag: which.
         topics: its topics, too; not if `build_topic_assets` makes them with others.
+        per_consumer: options of single consumers, by group, before those of all; such as
+            ``{"transcode": {"pool": "gpu"}}``.
         **options: of all consumers, as of `build_stream_asset`; descriptions are theirs.
+
+    Raises:
+        InvalidSettingError: ``per_consumer`` names none of them; an option follows from the consumer.
 
     Example:
         >>> import djp_dagster as djp
@@ -48,13 +59,20 @@ def build_event_dag_assets(
         >>> len(build_event_dag_assets(djp.EventDag([bill])))
         3
     """
+    single = per_consumer or {}
+    if unknown := sorted(single.keys() - {consumer.group for consumer in dag.consumers}):
+        raise InvalidSettingError(
+            f"per_consumer names {unknown}, which are not in {dag.name}", setting="per_consumer", value=unknown[0]
+        )
     diagram = dg.MetadataValue.md(f"```mermaid\n{dag.mermaid()}\n```")
-    metadata: dict[str, Any] = {**options.get("metadata", {}), "event_dag": diagram}
-    shared: AssetOptions = {**options, "metadata": metadata}
     assets: list[dg.AssetsDefinition | dg.AssetSpec] = []
     if topics:
         assets += topic_assets(dag.consumers, group_name=options.get("group_name"))
-    return [*assets, *(consumer_asset(consumer, options=shared) for consumer in dag.in_order())]
+    for consumer in dag.in_order():
+        own: AssetOptions = {**options, **single.get(consumer.group, {})}
+        own["metadata"] = {**own.get("metadata", {}), "event_dag": diagram}
+        assets.append(consumer_asset(consumer, options=own))
+    return assets
 
 
 def build_trace_job(dag: EventDag, *, name: str = "trace_job") -> dg.JobDefinition:

@@ -19,6 +19,7 @@ import dagster as dg
 from pydantic import Field
 
 from djp_dagster.errors import InvalidSettingError
+from djp_dagster.orchestration.code_links import code_link
 from djp_dagster.orchestration.replays import (
     ReplayConfig,
     Replayed,
@@ -148,6 +149,7 @@ def build_replay_asset(
             key=key,
             description=description or consumer.__doc__,
             kinds={"python"},
+            metadata=code_link(consumer.handler),
             code_version=consumer.code_version,
             automation_condition=automation_condition,
             io_manager_key=io_manager_key,

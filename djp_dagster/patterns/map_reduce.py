@@ -22,6 +22,7 @@ from djp_dagster.mapreduce.combining import CombineFn
 from djp_dagster.mapreduce.job import Mapper, MapReduce, as_job
 from djp_dagster.mapreduce.merging import COLUMNS, accumulators, keeping_accumulators, merge_accumulators
 from djp_dagster.mapreduce.results import MapReduceResult
+from djp_dagster.orchestration.code_links import code_link
 from djp_dagster.orchestration.map_reduce import (
     AnySource,
     EngineChoice,
@@ -88,6 +89,7 @@ def map_reduce_asset(
             "code_version": job.code_version,
             **(asset or {}),
         }
+        options["metadata"] = {**code_link(job.mapper), **options.get("metadata", {})}
         keys = resources_of(source) | set(options.pop("required_resource_keys", ()))
         options["deps"] = [*topics_of(source), *options.get("deps", ())]
 

@@ -62,19 +62,22 @@ def build_stream_asset(consumer: Consumer, **options: "Unpack[AssetOptions]") ->
     return consumer_asset(consumer, options=options)
 
 
-def build_topic_assets(*consumers: Consumer | Topic, group_name: str | None = None) -> list[dg.AssetSpec]:
+def build_topic_assets(
+    *consumers: Consumer | Topic, only: Sequence[Topic] | None = None, group_name: str | None = None
+) -> list[dg.AssetSpec]:
     """The topics of the consumers as external assets ``topics/<name>``: lineage from topic to consumer to topic.
 
-    One code location should own them and name every consumer; others refer to them by key.
+    Each topic should be made once, with all who emit to it; others refer to it by key.
 
     Args:
         *consumers: whose topics, read or emitted to; or topics by themselves.
+        only: these of them; the others are made elsewhere.
         group_name: their group in the UI; that of everything without one, unless given.
 
     Raises:
-        InvalidSettingError: two declarations of one topic differ.
+        InvalidSettingError: two declarations of one topic differ; ``only`` names a topic of nobody's.
     """
-    return topic_assets(consumers, group_name=group_name)
+    return topic_assets(consumers, only=only, group_name=group_name)
 
 
 def build_stream_sensor(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import dagster as dg
 import pytest
@@ -70,6 +71,13 @@ class TestTopics:
         assert far.kinds == {"stream"}
         assert specs["topics/copies"].metadata["key"] == "(event id)"
 
+    def test_only_some_of_them(self) -> None:
+        (copies,) = djp.build_topic_assets(copy, only=[COPIES])
+        assert (copies.key, [dep.asset_key for dep in copies.deps]) == (key("topics/copies"), [key("copy")])
+        with pytest.raises(InvalidSettingError, match="lonely") as caught:
+            djp.build_topic_assets(copy, only=[COPIES, Topic("lonely")])
+        assert caught.value.facts["value"] == "lonely"
+
     @pytest.mark.parametrize(
         "other", [Topic("orders", partitions=3, key="user"), Topic("orders", partitions=2, key="id")]
     )
@@ -99,6 +107,68 @@ class TestTopics:
         assert [dep.asset_key for dep in copies.deps] == [dg.AssetKey(["shop", "named"])]
         assert djp.build_stream_sensor(named).name == "named_sensor"
         assert djp.build_stream_sensor(named).job_name == "shop__named_job"
+
+
+class TestCodeLinks:
+    """A link leads to the handler, or to the mapper, and not to the builder."""
+
+    @staticmethod
+    def place_of(asset: dg.AssetsDefinition, name: str) -> tuple[str, int]:
+        value = asset.metadata_by_key[key(name)]["dagster/code_references"].value
+        (found,) = value.code_references
+        return found.file_path, found.line_number
+
+    def test_of_consumers_replays_and_mappers(self) -> None:
+        @consumer(topic=ORDERS)
+        def handler(batch: djp.Batch) -> dict[str, int]: ...
+
+        first = handler.handler.__code__.co_firstlineno
+        days = dg.DailyPartitionsDefinition("2026-11-01")
+        mapped = djp.map_reduce_asset(source=djp.TextFiles("*.log"), combine=djp.Sum(), key="mapped")(_map)
+        assert self.place_of(djp.build_stream_asset(handler), "handler") == (__file__, first)
+        replayed = djp.build_replay_asset(handler, partitions_def=days)
+        assert self.place_of(replayed, "handler_replay") == (__file__, first)
+        assert self.place_of(mapped, "mapped") == (__file__, _map.__code__.co_firstlineno)
+
+    def test_of_an_asset_with_metadata_of_its_own(self) -> None:
+        asset = djp.build_stream_asset(copy, metadata={"wiki": "copies"})
+        assert asset.metadata_by_key[key("copy")]["wiki"] == "copies"
+        assert self.place_of(asset, "copy")[0].endswith("kit.py")
+
+    def test_a_table_has_none(self) -> None:
+        """Its handler is the library's."""
+        table = djp.Table("emails", topic=Topic("updates", key="user"), value="email")
+        assert "dagster/code_references" not in djp.build_table_asset(table).metadata_by_key[key("emails")]
+
+
+class TestEventDags:
+    """All of a DAG's consumers, with options of all and of single ones."""
+
+    def test_options_of_single_consumers(self) -> None:
+        assets = djp.build_event_dag_assets(
+            djp.EventDag([copy, onward]),
+            group_name="all",
+            metadata={"wiki": "dag"},
+            per_consumer={"onward": {"group_name": "one", "metadata": {"wiki": "onward"}}},
+        )
+        specs = {spec.key.to_user_string(): spec for asset in assets for spec in _specs(asset)}
+        groups = {name: spec.group_name for name, spec in specs.items()}
+        assert groups["onward"] == "one"
+        assert {group for name, group in groups.items() if name != "onward"} == {"all"}
+        assert (specs["copy"].metadata["wiki"], specs["onward"].metadata["wiki"]) == ("dag", "onward")
+        assert all("event_dag" in specs[name].metadata for name in ("copy", "onward"))
+
+    def test_of_a_consumer_that_is_not_in_it(self) -> None:
+        with pytest.raises(InvalidSettingError, match="elsewhere"):
+            djp.build_event_dag_assets(djp.EventDag([copy]), per_consumer={"elsewhere": {}})
+
+
+def _map(line: str) -> Iterator[tuple[str, int]]:
+    yield line, 1
+
+
+def _specs(asset: dg.AssetsDefinition | dg.AssetSpec) -> list[dg.AssetSpec]:
+    return [asset] if isinstance(asset, dg.AssetSpec) else list(asset.specs)
 
 
 class TestTogether:

@@ -1,4 +1,9 @@
-"""Look-ups as Dagster resources: of a service by HTTP, or of anything, by a method of your own."""
+"""Stateless worker: the event brings an id, and a service has the rest.
+
+A handler takes a look-up as a resource, and asks it for a whole batch at once. It is always as new as the service, and
+it depends on it; a `djp_dagster.Table` is the other way. Look-ups are Dagster resources: of a service by HTTP, or of
+anything, by a method of your own.
+"""
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
