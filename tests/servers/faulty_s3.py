@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import socket
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
-from socketserver import ThreadingTCPServer
 from types import TracebackType
 from typing import Any, Protocol
 
 from typing_extensions import Self
 
+from tests.servers.links import CutError, Links, cut
 from tests.servers.ports import free_port
 from tests.servers.s3_faults import (
     CutRequest,
@@ -35,7 +32,6 @@ from tests.servers.s3_requests import S3Request, parse, renew_signature
 from tests.servers.s3_server import S3Server
 
 _CHUNK = 64 * 1024
-_JOIN_SECONDS = 10.0
 _UPSTREAM_SECONDS = 120.0
 _HOP_BY_HOP = {
     "connection",
@@ -67,8 +63,6 @@ class FaultyS3:
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
         self._listener = _Listener(self)
-        self._thread = threading.Thread(target=self._listener.serve_forever, args=[0.02], name="faulty-s3", daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -124,14 +118,9 @@ class FaultyS3:
 
     def close(self) -> None:
         """Cut all connections and release every thread and socket."""
-        self._listener.shutdown()
-        self._thread.join(_JOIN_SECONDS)
-        self._listener.closing.set()
+        self._listener.stop_listening()
         self.clear()
-        self._listener.cut_all()
-        self._listener.server_close()
-        if self._listener.errors:
-            raise RuntimeError("the proxy itself has failed") from self._listener.errors[0]
+        self._listener.end()
 
     def _meet(self, request: S3Request) -> tuple[Rule | None, set[str]]:
         """The rule a request meets, and the headers it loses."""
@@ -156,49 +145,12 @@ class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class _Listener(ThreadingTCPServer):
-    """Knows its connections and their threads, to end them."""
-
-    allow_reuse_address = True
-    request_queue_size = 128
+class _Listener(Links):
+    """Knows whose it is."""
 
     def __init__(self, proxy: FaultyS3) -> None:
         self.proxy = proxy
-        self.closing = threading.Event()
-        self.errors: list[BaseException] = []
-        self._lock = threading.Lock()
-        self._links: dict[socket.socket, threading.Thread] = {}
-        super().__init__(("127.0.0.1", proxy.port), _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        thread = threading.Thread(
-            target=self.process_request_thread, args=(request, client_address), name="faulty-s3-link", daemon=True
-        )
-        with self._lock:
-            self._links = {link: worker for link, worker in self._links.items() if worker.is_alive()}
-            self._links[request] = thread
-            thread.start()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep what is not a connection that breaks: that is what this proxy is for."""
-        error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, OSError):
-            self.errors.append(error)
-
-    def cut_all(self) -> None:
-        """Cut every connection and wait for its thread."""
-        with self._lock:
-            links = dict(self._links)
-        for link in links:
-            _cut(link)
-        for thread in links.values():
-            thread.join(_JOIN_SECONDS)
-            if thread.is_alive():
-                raise RuntimeError(f"{thread.name} did not end within {_JOIN_SECONDS:.0f} s")
-
-
-class _CutError(Exception):
-    """The connection is to be cut here."""
+        super().__init__(proxy.port, _Handler, "faulty-s3")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -223,9 +175,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._acknowledge()
             else:
                 self._forward(request, rule, stripped)
-        except (_CutError, OSError, http.client.HTTPException):
+        except (CutError, OSError, http.client.HTTPException):
             self.close_connection = True
-            _cut(self.connection)
+            cut(self.connection)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815
 
@@ -242,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = upstream.getresponse()
             if isinstance(fault, LoseResponse):
                 answer.read()
-                raise _CutError
+                raise CutError
             self._answer(answer, rule)
         finally:
             upstream.close()
@@ -251,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         rule.reached.set()
         rule.released.wait()
         if self.server.closing.is_set():
-            raise _CutError
+            raise CutError
 
     def _send(
         self, upstream: http.client.HTTPConnection, request: S3Request, fault: Fault | None, stripped: set[str]
@@ -274,9 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
             if left is not None:
                 left -= len(part)
                 if not left:
-                    raise _CutError
+                    raise CutError
         if isinstance(fault, CutRequest):
-            raise _CutError
+            raise CutError
         if chunked:
             upstream.send(b"0\r\n\r\n")
 
@@ -296,16 +248,16 @@ class _Handler(BaseHTTPRequestHandler):
         sent = 0
         for chunk in _pieces(answer, fault):
             if isinstance(fault, CutResponse) and sent == fault.after:
-                raise _CutError
+                raise CutError
             if rule is not None and isinstance(fault, HoldResponse) and sent == fault.after:
                 self._hold(rule)
             if isinstance(fault, SlowResponse) and self.server.closing.wait(fault.seconds):
-                raise _CutError
+                raise CutError
             self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
             sent += len(chunk)
         length = answer.getheader("Content-Length")
         if isinstance(fault, CutResponse) or (length is not None and sent != int(length)):
-            raise _CutError  # told to, or the server died in the middle of its answer
+            raise CutError  # told to, or the server died in the middle of its answer
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 
@@ -370,11 +322,6 @@ def _read(source: _Readable, size: int) -> Iterator[bytes]:
     while size:
         chunk = source.read(min(size, _CHUNK))
         if not chunk:
-            raise _CutError
+            raise CutError
         size -= len(chunk)
         yield chunk
-
-
-def _cut(link: socket.socket) -> None:
-    with suppress(OSError):
-        link.shutdown(socket.SHUT_RDWR)

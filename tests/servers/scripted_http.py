@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
-from socketserver import ThreadingTCPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from typing_extensions import Self
 
+from tests.servers.links import CutError, Links, cut
 from tests.servers.ports import free_port
 
 _PATIENT_S = 30.0
-_JOIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,6 @@ class ScriptedHttp:
         self._gate = threading.Event()
         self._gate.set()
         self._listener = _Listener(self)
-        self._thread = threading.Thread(target=self._listener.serve_forever, args=[0.02], name="scripted", daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -157,14 +152,9 @@ class ScriptedHttp:
 
     def close(self) -> None:
         """Cut all connections and release every thread and socket."""
-        self._listener.shutdown()
-        self._thread.join(_JOIN_S)
-        self._listener.closing.set()
+        self._listener.stop_listening()
         self._gate.set()
-        self._listener.cut_all()
-        self._listener.server_close()
-        if self._listener.errors:
-            raise RuntimeError("the server itself has failed") from self._listener.errors[0]
+        self._listener.end()
 
     def _begin(self, request: Request) -> Answer:
         """Note what has come; what to do with it, which may take a while."""
@@ -187,55 +177,16 @@ class ScriptedHttp:
             self.connections += 1
 
 
-class _Listener(ThreadingTCPServer):
-    """Knows its connections and their threads, to end them."""
-
-    allow_reuse_address = True
-    request_queue_size = 256
+class _Listener(Links):
+    """Tells whose it is of every connection."""
 
     def __init__(self, server: ScriptedHttp) -> None:
         self.scripted = server
-        self.closing = threading.Event()
-        self.errors: list[BaseException] = []
-        self._lock = threading.Lock()
-        self._links: dict[socket.socket, threading.Thread] = {}
-        super().__init__(("127.0.0.1", server.port), _Handler)
+        super().__init__(server.port, _Handler, "scripted")
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        thread = threading.Thread(
-            target=self.process_request_thread, args=(request, client_address), name="scripted-link", daemon=True
-        )
         self.scripted._connected()
-        with self._lock:
-            self._links = {link: worker for link, worker in self._links.items() if worker.is_alive()}
-            self._links[request] = thread
-            thread.start()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep what is not a connection that breaks: that is what this server is for."""
-        error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, OSError):
-            self.errors.append(error)
-
-    def alive(self) -> int:
-        """How many connections there are."""
-        with self._lock:
-            return sum(worker.is_alive() for worker in self._links.values())
-
-    def cut_all(self) -> None:
-        """Cut every connection and wait for its thread."""
-        with self._lock:
-            links = dict(self._links)
-        for link in links:
-            _cut(link)
-        for thread in links.values():
-            thread.join(_JOIN_S)
-            if thread.is_alive():
-                raise RuntimeError(f"{thread.name} did not end within {_JOIN_S:.0f} s")
-
-
-class _CutError(Exception):
-    """The connection is to be cut here."""
+        super().process_request(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -253,9 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
             under_way.callback(scripted._end)
             try:
                 self._answer(scripted._begin(request), under_way)
-            except (_CutError, OSError):
+            except (CutError, OSError):
                 self.close_connection = True
-                _cut(self.connection)
+                cut(self.connection)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = _handle  # noqa: N815
 
@@ -267,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.never:
             self.server.closing.wait()
         if answer.never or answer.cut_at == -1:
-            raise _CutError
+            raise CutError
         body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         *pieces, last = [*_pieces(body, answer), b"0\r\n\r\n" if answer.chunked and answer.cut_at is None else b""]
         head = self._head(answer, len(body))
@@ -279,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
         under_way.close()
         self.wfile.write(last)  # with what goes before, unless in pieces: no packet waits for an acknowledgement
         if answer.cut_at is not None:
-            raise _CutError
+            raise CutError
 
     def _head(self, answer: Answer, length: int) -> bytes:
         headers = {"Content-Type": "application/json", **answer.headers}
@@ -292,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _wait(self, seconds: float) -> None:
         if seconds and self.server.closing.wait(seconds):
-            raise _CutError
+            raise CutError
 
 
 def _pieces(body: bytes, answer: Answer) -> Iterator[bytes]:
@@ -302,8 +253,3 @@ def _pieces(body: bytes, answer: Answer) -> Iterator[bytes]:
     for start in range(0, len(sent), size or 1):
         piece = sent[start : start + size]
         yield b"%x\r\n%b\r\n" % (len(piece), piece) if answer.chunked else piece
-
-
-def _cut(link: socket.socket) -> None:
-    with suppress(OSError):
-        link.shutdown(socket.SHUT_RDWR)

@@ -289,5 +289,5 @@ def test_a_mistake_in_the_proxy_does_not_pass_for_a_fault(s3_server: SeaweedServ
     proxy.on(Refuse(status="no number"))  # type: ignore[arg-type]
     with pytest.raises((BotoCoreError, ClientError)):
         proxy.client(retries={"total_max_attempts": 1}).head_bucket(Bucket=s3_bucket)
-    with pytest.raises(RuntimeError, match="proxy itself"):
+    with pytest.raises(RuntimeError, match="faulty-s3 itself"):
         proxy.close()
