@@ -86,6 +86,11 @@ class Holding:
             return None
         return self._begin(intent)
 
+    def shared(self, bound: Threshold, until: Mapping[TopicPartition, int]) -> Positions:
+        """How far ``bound`` reaches if the leased tasks share it in proportion to what is pending in each."""
+        ranges = cut_ranges(self._log, self._positions, until, bound)
+        return dict(self._positions) | {part.at: part.end for part in ranges}
+
     def _begin(self, intent: Intent) -> BatchReport | None:
         """Write the intent of a new batch down, and do it."""
         self._processor.begin(self.lease, intent)

@@ -81,7 +81,7 @@ def run_pending(
         RetriesExhaustedError, SystemicFailureError, PoisonBlockedError: see `Processor.process`; what was committed
             before has been reported.
     """
-    info = consumer.register(stream)
+    consumer.register(stream)
     stop = stop if stop is not None else threading.Event()
     reports: list[BatchReport] = []
 
@@ -106,17 +106,37 @@ def run_pending(
         holding.do_requests()
         if only_requests:
             return RunReport(tuple(reports))
-        fired: str | None = None
-        for tasks in task_sets(consumer, range(info.tasks)):
-            while not stop.is_set():
-                reason, bound = _due(stream, consumer, threshold, holding)
-                if reason in ("age", "idle"):
-                    fired = reason  # then all of it is due, up to the ends seen, though what is left is younger
-                reason = reason or fired
-                if reason is None or holding.next_batch(tasks, bound=bound, reason=reason, until=until) is None:
-                    break
+        _cut_while_due(stream, consumer, threshold, holding, until, stop)
     tidy(stream)
     return RunReport(tuple(reports))
+
+
+def _cut_while_due(
+    stream: EventStream,
+    consumer: Consumer,
+    threshold: Threshold | None,
+    holding: Holding,
+    until: Mapping[TopicPartition, int],
+    stop: threading.Event,
+) -> None:
+    """Cut and do batches, round by round: what is due now, shared out among the task sets."""
+    sets = task_sets(consumer, sorted(holding.lease.epochs))
+    fired: str | None = None
+    while not stop.is_set():
+        reason, bound = _due(stream, consumer, threshold, holding)
+        if reason in ("age", "idle"):
+            fired = reason  # then all of it is due, up to the ends seen, though what is left is younger
+        reason = reason or fired
+        if reason is None:
+            return
+        # A threshold is the group's. What reaches it is each task's share, not only that of whose turn is first.
+        shared = threshold is not None and fired is None and len(sets) > 1
+        ends = holding.shared(bound, until) if shared else until
+        done = [
+            holding.next_batch(tasks, bound=bound, reason=reason, until=ends) for tasks in sets if not stop.is_set()
+        ]
+        if not any(done):
+            return
 
 
 def _ignore(intent: Intent) -> None:

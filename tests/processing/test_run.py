@@ -1,7 +1,9 @@
 """`run_pending`: run mode."""
 
+import random
 import threading
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,6 +129,32 @@ class TestThreshold:
         left = stream.pending("copy").bytes
         assert left is not None
         assert left < size // 2
+
+    def test_a_stateful_group_shares_it_among_its_tasks(
+        self, stream: EventStream, seed: random.Random, tmp_path: Path
+    ) -> None:
+        """Batches of single tasks add up to what was reached; a remainder below it stays, wherever it is."""
+        topic = Topic("keyed", partitions=4, key="k")
+        stream.create_topic(topic)
+        seen: list[int] = []
+
+        @consumer(topic=topic, stateful=True)
+        def handle(batch: Batch) -> None:
+            seen.extend(record.data["n"] for record in batch)
+
+        def run() -> list[str]:
+            report = run_pending(stream, handle, threshold=Threshold(events=300, age="1h"), state_folder=tmp_path)
+            assert all(len(batch.ranges) == 1 for batch in report.batches)
+            return [batch.reason for batch in report.batches]
+
+        stream.publish(topic, [topic.event(k=seed.randrange(1000), n=n) for n in range(1000)])
+        assert set(run()) == {"events"}
+        assert len(seen) == 900
+        stream.publish(topic, [topic.event(k=seed.randrange(1000), n=1000 + n) for n in range(199)])
+        assert run() == []
+        stream.publish(topic, [topic.event(k=0, n=1199)])
+        run()
+        assert sorted(seen) == list(range(1200))
 
     def test_a_due_deadline_waits_for_no_threshold(self, stream: EventStream, clock: Clock) -> None:
         fired: list[str] = []
