@@ -55,8 +55,8 @@ class Access:
         if path is not None and not create and not _holds_something(path):
             raise click.ClickException(
                 f"there is no stream at {str(path.absolute())!r}, which {self.named_by} names; name another with "
-                f"--stream or ${URL_VARIABLE}, or make it: "
-                "djp publish TOPIC --create --partitions N --key PATH"
+                f"--stream or ${URL_VARIABLE}, or make it: the first run of a consumer does, and "
+                "djp publish TOPIC FILE --create --partitions N --key FIELD"
             )
         if path is not None and create and self.named_by == "the default place":
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import click
 
 from djp_dagster.cli import output
 from djp_dagster.cli.access import Access, pass_access
-from djp_dagster.doctor import Finding, examine
+from djp_dagster.doctor import Finding, Level, examine
 from djp_dagster.errors import DjpError
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ def command(access: Access, file: Path | None, module: str | None, as_json: bool
 
 def _examine(access: Access, file: Path | None, module: str | None) -> Iterator[Finding]:
     stream: EventStream | None = None
+    home = os.environ.get("DAGSTER_HOME")
+    if home and not Path(home).is_dir():
+        # First, for it may be why there is no stream.
+        yield Finding("problem", "instance", home, "DAGSTER_HOME names no folder", "correct it, or make the folder")
+        home = None
     try:
         stream = access.open()
     except click.ClickException as error:
@@ -59,10 +64,16 @@ def _examine(access: Access, file: Path | None, module: str | None) -> Iterator[
         yield Finding("problem", "stream-reachable", access.named_by, str(error), "the message says it")
     if stream is not None:
         yield from examine(stream)
-    home = os.environ.get("DAGSTER_HOME")
-    if not home:
-        yield Finding("ok", "dagster", "Dagster", "DAGSTER_HOME is not set: no instance was looked at")
-    if home or file is not None or module is not None:
+    named = file is not None or module is not None
+    if not os.environ.get("DAGSTER_HOME"):
+        # Without definitions this may be a machine that only publishes.
+        level: Level = "warning" if named else "ok"
+        what = "DAGSTER_HOME is not set: no instance was looked at, and what Dagster starts begins anew each time"
+        yield Finding(level, "dagster", "Dagster", what, "set it, for djp, the webserver and the daemon alike")
+    if not named:
+        what = "were not looked at; djp doctor -f definitions.py does: sensors that are off, topics that differ"
+        yield Finding("ok", "definitions", "definitions", what)
+    if home or named:
         # Loaded here only: the rest works where Dagster is not configured, and without its import time.
         dagster_side = import_module("djp_dagster.orchestration.doctor")
         yield from dagster_side.examine(stream, home=home, file=file, module=module)

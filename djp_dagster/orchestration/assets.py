@@ -24,6 +24,9 @@ from djp_dagster.processing.consumer import Consumer
 from djp_dagster.state.table import Table
 from djp_dagster.streams.topics import Topic
 
+BY_EVENT_ID = "(event id)"
+"""What is said of the key of a topic without one."""
+
 
 class AssetOptions(TypedDict, total=False):
     """What a stream asset takes of what ``dg.asset`` takes."""
@@ -136,7 +139,7 @@ def _require_same(known: Topic, topic: Topic) -> None:
 def _topic_asset(topic: Topic, writers: Sequence[Consumer], group_name: str | None) -> dg.AssetSpec:
     spread = f"by {topic.key}" if topic.key is not None else "by event id"
     parts = "1 partition" if topic.partitions == 1 else f"{topic.partitions} partitions {spread}"
-    metadata = {"partitions": topic.partitions, "key": topic.key or "(event id)"}
+    metadata = {"partitions": topic.partitions, "key": topic.key or BY_EVENT_ID}
     if topic.retention is not None:
         metadata["retention"] = str(topic.retention)
     return dg.AssetSpec(

@@ -11,7 +11,8 @@ import dagster as dg
 from djp_dagster.doctor import Finding, is_held
 from djp_dagster.errors import DjpError
 from djp_dagster.orchestration import _compat
-from djp_dagster.orchestration.tags import GROUP_TAG, STREAM_KEY, WORKER_TAG, run_id_of
+from djp_dagster.orchestration.assets import BY_EVENT_ID
+from djp_dagster.orchestration.tags import GROUP_TAG, STREAM_KEY, WORKER_TAG, run_id_of, topic_of
 from djp_dagster.streams.stream import EventStream
 
 DAEMON_SILENT_S = 120.0
@@ -43,7 +44,7 @@ def examine(
         if instance is not None:
             yield from examine_instance(instance, stream)
         if file is not None or module is not None:
-            yield from examine_definitions(instance, file=file, module=module)
+            yield from examine_definitions(instance, stream, file=file, module=module)
 
 
 def examine_instance(instance: dg.DagsterInstance, stream: EventStream | None) -> Iterator[Finding]:
@@ -61,11 +62,14 @@ def examine_instance(instance: dg.DagsterInstance, stream: EventStream | None) -
 def _daemons(instance: dg.DagsterInstance) -> Iterator[Finding]:
     beats = instance.get_daemon_heartbeats()
     missing = []
+    oldest_s = 0.0
     for kind in instance.get_required_daemon_types():
         beat = beats.get(kind)
         if beat is None or time.time() - beat.timestamp > DAEMON_SILENT_S:
             missing.append(f"{kind} ({'never' if beat is None else f'{time.time() - beat.timestamp:.0f} s ago'})")
-        elif beat.errors:
+            continue
+        oldest_s = max(oldest_s, time.time() - beat.timestamp)
+        if beat.errors:
             what = (beat.errors[0].message or "").strip().splitlines() or ["no message"]
             yield Finding("warning", "daemon", f"daemon {kind}", f"its last error: {what[0][:300]}", "see its log")
     if missing:
@@ -74,10 +78,10 @@ def _daemons(instance: dg.DagsterInstance) -> Iterator[Finding]:
             "daemon",
             "dagster-daemon",
             f"no heartbeat of {', '.join(missing)}: sensors, schedules and queued runs stand still",
-            "start dagster-daemon run (or dg dev) with this DAGSTER_HOME",
+            "start dagster-daemon run, or dagster dev, with this DAGSTER_HOME and -f, -m or -w as for the webserver",
         )
     else:
-        yield Finding("ok", "daemon", "dagster-daemon", "all its daemons are alive")
+        yield Finding("ok", "daemon", "dagster-daemon", f"all its daemons were alive {oldest_s:.0f} s ago")
 
 
 def _monitoring(instance: dg.DagsterInstance) -> Iterator[Finding]:
@@ -196,9 +200,13 @@ def _settings(instance: dg.DagsterInstance, running: Sequence[dg.RunRecord]) -> 
 
 
 def examine_definitions(
-    instance: dg.DagsterInstance | None, *, file: Path | None = None, module: str | None = None
+    instance: dg.DagsterInstance | None,
+    stream: EventStream | None = None,
+    *,
+    file: Path | None = None,
+    module: str | None = None,
 ) -> Iterator[Finding]:
-    """Findings about the definitions of a file or module: what uses the stream and is off, or runs in subprocesses."""
+    """Findings about the definitions of a file or module: what is off, in subprocesses, or unlike the stream."""
     subject = str(file or module)
     try:
         # What the code prints while it is imported is not what the doctor says.
@@ -213,8 +221,38 @@ def examine_definitions(
     for job in jobs.values():
         if not _compat.runs_in_process(job):
             yield _subprocesses(job)
+    if stream is not None:
+        yield from _what_differs(stream, repository)
     if instance is not None:
-        yield from _what_is_off(instance, repository, set(jobs))
+        where = f"-f {file}" if file is not None else f"-m {module}"
+        yield from _what_is_off(instance, repository, set(jobs), where)
+
+
+def _what_differs(stream: EventStream, repository: dg.RepositoryDefinition) -> Iterator[Finding]:
+    """Topics that the definitions declare, and the stream has otherwise: whoever registers them is refused."""
+    try:
+        known = {info.name: info for info in stream.topics()}
+    except DjpError:
+        return  # said of the stream already
+    for node in repository.asset_graph.asset_nodes:
+        name = topic_of(node.key)
+        info = known.get(name) if name is not None else None
+        if info is None or not {"partitions", "key"} <= node.metadata.keys():
+            continue  # an asset of that key need not be one of ours
+        declared = node.metadata["partitions"], node.metadata["key"]
+        there = info.partitions, info.key or BY_EVENT_ID
+        if declared != there:
+            yield Finding(
+                "problem",
+                "topic-differs",
+                f"topic {name}",
+                f"is declared with {_spread(*declared)}, and the stream has it with {_spread(*there)}",
+                "declare it as it is; or, if its events may be lost, stream.delete_topic(...), and publish anew",
+            )
+
+
+def _spread(partitions: object, key: object) -> str:
+    return f"partitions={partitions}, key={key}"
 
 
 def _subprocesses(job: dg.JobDefinition) -> Finding:
@@ -231,19 +269,19 @@ def _subprocesses(job: dg.JobDefinition) -> Finding:
 
 
 def _what_is_off(
-    instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, jobs: set[str]
+    instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, jobs: set[str], where: str
 ) -> Iterator[Finding]:
     states = _compat.states_by_name(instance)
     for sensor in repository.sensor_defs:
         ours = STREAM_KEY in sensor.required_resource_keys or any(target.job_name in jobs for target in sensor.targets)
         declared = sensor.default_status is dg.DefaultSensorStatus.RUNNING
         if ours and not _is_on(states.get(sensor.name), declared):
-            yield _off("sensor", sensor.name)
+            yield _off("sensor", sensor.name, where)
     for schedule in repository.schedule_defs:
         declared = schedule.default_status is dg.DefaultScheduleStatus.RUNNING
         ours = STREAM_KEY in schedule.required_resource_keys or schedule.job_name in jobs
         if ours and not _is_on(states.get(schedule.name), declared):
-            yield _off("schedule", schedule.name)
+            yield _off("schedule", schedule.name, where)
 
 
 def _is_on(set_to: set[str] | None, declared: bool) -> bool:
@@ -251,7 +289,6 @@ def _is_on(set_to: set[str] | None, declared: bool) -> bool:
     return declared if not set_to else "RUNNING" in set_to or (declared and "DECLARED_IN_CODE" in set_to)
 
 
-def _off(kind: str, name: str) -> Finding:
-    return Finding(
-        "warning", f"{kind}-off", f"{kind} {name}", "is off", f"turn it on in the UI, or: dagster {kind} start {name}"
-    )
+def _off(kind: str, name: str, where: str) -> Finding:
+    remedy = f"turn it on in the UI, or: dagster {kind} start {name} {where}"
+    return Finding("warning", f"{kind}-off", f"{kind} {name}", "is off", remedy)

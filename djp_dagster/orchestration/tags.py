@@ -26,6 +26,7 @@ CODE_TAG = "djp/code_version"
 ASKED_BY_TAG = "djp/asked_by_code_version"
 """The code version of the worker sensor that asked for the run."""
 
+_TOPICS = "topics"
 STREAM_KEY = "event_stream"
 """The resource key of the stream."""
 
@@ -47,7 +48,12 @@ def identifier(name: str) -> str:
 
 def topic_key(topic: Topic | str) -> dg.AssetKey:
     """The key of a topic's external asset."""
-    return dg.AssetKey(["topics", topic if isinstance(topic, str) else topic.name])
+    return dg.AssetKey([_TOPICS, topic if isinstance(topic, str) else topic.name])
+
+
+def topic_of(key: dg.AssetKey) -> str | None:
+    """The topic whose external asset has this key; None if it is none of a topic."""
+    return key.path[1] if len(key.path) == 2 and key.path[0] == _TOPICS else None
 
 
 def consumer_key(consumer: Consumer) -> dg.AssetKey:

@@ -337,7 +337,8 @@ def test_workers_whose_process_is_gone(instance: dg.DagsterInstance, stream: Eve
 def test_an_instance_that_does_not_load(
     djp: Djp, stream: EventStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "nowhere"))
+    (tmp_path / "dagster.yaml").write_text("storage: {nonsense: true}")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     found = documents(djp("doctor", "--json", code=1))
     assert found[0]["check"] == "instance"
     assert "does not load" in found[0]["what"]
@@ -396,6 +397,40 @@ def test_what_definitions_leave_off(djp: Djp, stream: EventStream, code: Path, i
     }
 
 
+def test_a_remedy_is_a_command_that_works(
+    djp: Djp, stream: EventStream, code: Path, instance: dg.DagsterInstance
+) -> None:
+    found = {one["check"]: one["remedy"] for one in documents(djp("doctor", "--json", "-f", code))}
+    assert found["sensor-off"].endswith(f"dagster sensor start mails_sensor -f {code}")
+
+
+def test_topics_that_are_declared_otherwise(djp: Djp, stream: EventStream, tmp_path: Path) -> None:
+    code = tmp_path / "declares.py"
+    topics = 'djp.Topic("t"), djp.Topic("new"), djp.Topic("other", partitions=3, key="user")'
+    code.write_text(
+        "import dagster as dg\nimport djp_dagster as djp\n"
+        f"defs = dg.Definitions(assets=djp.build_topic_assets({topics}))\n"
+    )
+    stream.create_topic(Topic("other", partitions=3))
+    found = [one for one in documents(djp("doctor", "--json", "-f", code, code=1)) if one["check"] == "topic-differs"]
+    assert [(one["level"], one["subject"]) for one in found] == [("problem", "topic other")]
+    assert "partitions=3, key=user, and the stream has it with partitions=3, key=(event id)" in found[0]["what"]
+
+
+def test_a_home_that_is_misspelt_comes_first(djp: Djp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "hmoe"))
+    found = documents(djp("doctor", "--json", code=1))
+    assert (found[0]["check"], found[0]["what"]) == ("instance", "DAGSTER_HOME names no folder")
+    assert not (tmp_path / "hmoe").exists()
+
+
+def test_without_a_home_definitions_are_looked_at(djp: Djp, stream: EventStream, code: Path) -> None:
+    levels = {one["check"]: one["level"] for one in documents(djp("doctor", "--json"))}
+    assert (levels["dagster"], levels["definitions"]) == ("ok", "ok")
+    levels = {one["check"]: one["level"] for one in documents(djp("doctor", "--json", "-f", code))}
+    assert levels["dagster"] == "warning"
+
+
 def test_what_is_turned_on_is_not_off(instance: dg.DagsterInstance, code: Path) -> None:
     def off() -> set[str]:
         found = dagster_side.examine_definitions(instance, file=code)
@@ -416,7 +451,7 @@ def test_what_is_turned_on_is_not_off(instance: dg.DagsterInstance, code: Path) 
 
 def test_definitions_by_module_and_without_an_instance(djp: Djp, stream: EventStream, code: Path) -> None:
     found = documents(djp("doctor", "--json", "-m", "some_definitions"))
-    assert {one["check"] for one in found if one["level"] == "warning"} == {"executor"}
+    assert {one["check"] for one in found if one["level"] == "warning"} == {"executor", "dagster"}
     assert "not both" in djp("doctor", "-m", "a", "-f", code, code=2).stderr
 
 
