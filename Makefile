@@ -9,7 +9,7 @@ SOAK_TIMEOUT ?= 7200
 WORKERS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format soak floors bench clean
+.PHONY: help venv demo test lint format docs screenshots soak floors bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -36,6 +36,19 @@ format: venv ## let ruff fix what it can
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs-installed ## the documentation as a site, in site/; warnings are errors
+	@# Not --quiet: what that does not show, --strict does not count.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean $(ARGS)
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python $(PIP_INSTALL) --editable '.[docs]'
+	touch $@
+
+screenshots: venv ## the pictures of the documentation, docs/images, from a run of the browser tests
+	DJP_REQUIRE_BROWSER=1 DJP_SCREENSHOTS=build/screenshots $(BIN)/python -m pytest tests/browser $(ARGS)
+	mkdir -p docs/images
+	cp build/screenshots/images/*.png docs/images/
+
 soak: venv floors ## the long tests, and the lowest versions of the dependencies
 	$(BIN)/python -m pytest -m soak --timeout=$(SOAK_TIMEOUT) $(ARGS)
 
@@ -57,6 +70,6 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 	touch $@
 
 clean: ## remove all that the targets made
-	rm -rf .demo $(VENV) $(FLOORS_VENV) dist build .coverage .coverage.* htmlcov \
+	rm -rf .demo $(VENV) $(FLOORS_VENV) dist build site .coverage .coverage.* htmlcov \
 		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,20 +1,67 @@
-"""What the README shows, runs."""
+"""What the README shows, runs; what it says of figures and files, is there."""
 
 import re
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
+PATTERNS = (
+    "Streaming",
+    "Batching",
+    "Kappa",
+    "DAG",
+    "Event buffering",
+    "Stateless worker",
+    "Claim check",
+    "Stateful worker",
+    "MapReduce",
+)
 
 
-def test_the_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs_and_every_pattern_loads_in_dagster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    names: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), names)
-    import djp_dagster as djp
+    text = README.read_text()
+    headings = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert tuple(headings) == PATTERNS
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == len(PATTERNS)
+    names: dict[str, object] = {"__name__": "readme"}
+    for heading, block in zip(headings, blocks, strict=True):
+        exec(compile(block, f"README.md: {heading}", "exec"), names)
+    loaded = [value for value in names.values() if isinstance(value, dg.Definitions)]
+    assert len(loaded) == len(PATTERNS)
+    stream = {"event_stream": names["djp"].SqlEventStream(url=f"sqlite:///{tmp_path / 'stream.db'}")}  # type: ignore[attr-defined]
+    for definitions in loaded:
+        dg.Definitions.validate_loadable(dg.Definitions.merge(definitions, dg.Definitions(resources=stream)))
 
-    with djp.open_stream("shop.db") as stream:
-        mails = [record.data for partition in range(4) for record in stream.records("mails", partition)]
-    assert mails == [{"user_id": "ada", "text": "Thank you for your first order"}]
+
+def test_its_links_lead_to_files_and_headings() -> None:
+    text = README.read_text()
+    anchors = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) > 20
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif not target.startswith("http"):
+            assert (README.parent / target).exists(), target
+
+
+def test_the_figures_are_those_of_the_benchmarks() -> None:
+    """Each figure that names its command is a figure of benchmarks/README.md."""
+    measured = (README.parent / "benchmarks" / "README.md").read_text()
+    for figure in (
+        "281 k/s",
+        "2.8/s",
+        "82 ms",
+        "499 ms",
+        "1.05x",
+        "0.86x",
+        "7.6x",
+        "p50 7.5 ms, p99 24 ms",
+        "max 11.8 s",
+    ):
+        assert figure in README.read_text()
+        assert figure in measured

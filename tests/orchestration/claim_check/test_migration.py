@@ -1,4 +1,4 @@
-"""From `S3PickleIOManager` to `ClaimCheckIOManager`, in the same bucket, as docs/claim-check.md tells."""
+"""From `S3PickleIOManager` to `ClaimCheckIOManager`, in the same bucket, as docs/patterns/claim-check.md tells."""
 
 import dagster as dg
 import pandas as pd
