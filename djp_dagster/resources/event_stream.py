@@ -1,6 +1,5 @@
 """`SqlEventStream`: the event stream as a Dagster resource."""
 
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -14,10 +13,9 @@ from pydantic import Field
 from djp_dagster.claim_check.location import open_payload_store
 from djp_dagster.claim_check.stores import PayloadStore
 from djp_dagster.resources.payload_stores import PayloadStoreResource
-from djp_dagster.streams.location import URL_VARIABLE, default_folder, default_url
+from djp_dagster.streams.location import default_folder, default_url, prepared_default_url
 from djp_dagster.streams.stream import EventStream, open_stream
 
-_log = logging.getLogger(__name__)
 _FILE = "sqlite:///"
 
 
@@ -53,12 +51,12 @@ class SqlEventStream(dg.ConfigurableResource):  # type: ignore[type-arg]
         Raises:
             StreamNotWritableError, StreamFormatError, StreamUnavailableError: naming the place.
         """
-        return _opened(self.url or _told_default(), self.payloads)
+        return _opened(self.url or prepared_default_url(), self.payloads)
 
     def opener(self) -> Callable[[], EventStream]:
         """What opens the same stream in another process; picklable."""
         store = self.payloads.open() if self.payloads is not None else None
-        return _opener(self.url or _told_default(), store)
+        return _opener(self.url or prepared_default_url(), store)
 
     def state_path(self) -> Path:
         """The folder of local state."""
@@ -109,13 +107,3 @@ def _file_of(url: str) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _told_default() -> str:
-    if os.environ.get(URL_VARIABLE):
-        return default_url()
-    folder = default_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not folder.is_absolute():
-        _log.warning("DAGSTER_HOME names no lasting folder: the stream lies in %s", folder.resolve())
-    return default_url()

@@ -1,9 +1,11 @@
 """Where the stream lies unless told."""
 
+import logging
 import os
 from pathlib import Path
 from tempfile import gettempdir
 
+_log = logging.getLogger(__name__)
 URL_VARIABLE = "DJP_STREAM_URL"
 _TEMPORARY_HOME = ".tmp_dagster_home_"
 
@@ -19,6 +21,16 @@ def default_folder() -> Path:
 def default_url() -> str:
     """``$DJP_STREAM_URL``, else a SQLite file in `default_folder`."""
     return os.environ.get(URL_VARIABLE) or f"sqlite:///{default_folder() / 'stream.db'}"
+
+
+def prepared_default_url() -> str:
+    """The same, and its folder is made; says so where that is no lasting one of Dagster's."""
+    if not os.environ.get(URL_VARIABLE):
+        folder = default_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_absolute():
+            _log.warning("DAGSTER_HOME names no lasting folder: the stream lies in %s", folder.resolve())
+    return default_url()
 
 
 def _is_temporary(home: Path) -> bool:

@@ -11,6 +11,7 @@ from djp_dagster.errors import InvalidSettingError, LeaseBusyError
 from djp_dagster.events import Event
 from djp_dagster.streams.claimed import ClaimedData
 from djp_dagster.streams.contracts import Coordinator, EventLog
+from djp_dagster.streams.location import default_folder, prepared_default_url
 from djp_dagster.streams.model import Appended, Backlog, DeadLetter, GroupInfo, Output, Start, TopicInfo, TrimReport
 from djp_dagster.streams.publishing import Producer, route
 from djp_dagster.streams.records import Record, TopicPartition, decode_records, to_micros
@@ -334,7 +335,7 @@ def _name(topic: str | Topic) -> str:
 
 
 def open_stream(
-    target: str | Path,
+    target: str | Path | None = None,
     *,
     payloads: "PayloadStore | None" = None,
     default_payloads: "PayloadStore | None" = None,
@@ -343,7 +344,8 @@ def open_stream(
     """Open a stream, creating it if it is not there.
 
     Args:
-        target: a file (SQLite), or a URL: ``sqlite:///path``, ``postgresql+psycopg://user@host/database``.
+        target: a file (SQLite), or a URL: ``sqlite:///path``, ``postgresql+psycopg://user@host/database``. Unless
+            given, where ``SqlEventStream()`` and ``djp`` find it: ``$DJP_STREAM_URL``, else a file under DAGSTER_HOME.
         payloads: where outputs of batches and heavy data of events go, below a prefix of the stream's own. Unless
             given, to the bucket ``$DJP_S3_BUCKET``, else to a folder beside the file.
         default_payloads: where to if neither is there, as with PostgreSQL.
@@ -357,6 +359,9 @@ def open_stream(
     from djp_dagster.streams.sql.database import Database
     from djp_dagster.streams.sql.log import SqlEventLog
 
+    if target is None:
+        target = prepared_default_url()
+        default_payloads = default_payloads or open_payload_store(default_folder() / "payloads")
     url = str(target) if "://" in str(target) else f"sqlite:///{Path(target)}"
     database = Database(url, clock=clock)
     log = SqlEventLog(database)
