@@ -450,6 +450,22 @@ def test_a_state_that_was_not_applied_catches_up(tmp_path: Path, path: Path) -> 
         assert sources(stream, "copies") == list(range(15))
 
 
+# Opened twice
+
+
+def test_what_is_published_after_the_stream_was_opened_twice_is_there_for_other_processes(path: Path) -> None:
+    """Closing a file drops the locks that the process has on it; unlocked, its log would go with who closes next."""
+    look = (
+        "import sys; from djp_dagster import open_stream\n"
+        "with open_stream(sys.argv[1]) as stream: print(*(span.end for span in stream.log.spans(['numbers']).values()))"
+    )
+    with filled(path, 10) as stream:
+        open_stream(path).close()
+        for published in (10, 20):
+            assert python(look, path).split() == [str(published)]
+            stream.publish(NUMBERS, numbered(range(published, published + 10)))
+
+
 # Not a stream
 
 

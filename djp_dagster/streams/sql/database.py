@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +40,7 @@ Clock = Callable[[], float]
 
 NOTIFY_CHANNEL = "djp_stream"
 _BUSY_TIMEOUT_S = 30.0
+_MAGIC = b"SQLite format 3\0"
 _inherited: list[object] = []
 
 
@@ -318,13 +319,12 @@ class Database:
             raise StreamNotWritableError(
                 f"stream {self.label}: {str(self.path)!r} is no regular file; name a file", stream=self.label
             )
-        with self.path.open("rb") as file:
-            if file.read(16) != b"SQLite format 3\0":
-                raise StreamFormatError(
-                    f"stream {self.label}: {str(self.path)!r} is not a stream file; choose another path",
-                    stream=self.label,
-                    path=str(self.path),
-                )
+        if _is_something_else(self.path):
+            raise StreamFormatError(
+                f"stream {self.label}: {str(self.path)!r} is not a stream file; choose another path",
+                stream=self.label,
+                path=str(self.path),
+            )
 
     def abandon_connections(self) -> None:
         """In a forked child: never touch the parent's connections again, not even to close them."""
@@ -414,6 +414,24 @@ def _file_identity(path: Path) -> tuple[int, int] | None:
 def _is_full(folder: Path) -> bool:
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize < (1 << 16)
+
+
+def _is_something_else(path: Path) -> bool:
+    """Whether a file is no SQLite database at all. SQLite is asked; what else is wrong is told when it is used.
+
+    A database is never opened past SQLite: when a process closes a file, it loses all of its POSIX locks on it. Whoever
+    else closes the database next would take itself for the last one, and delete the log that this process writes to.
+    """
+    if path.stat().st_size < len(_MAGIC):  # of which SQLite takes a single byte for nothing
+        return True
+    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as probe:
+        try:
+            probe.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.Error as error:
+            if _legacy_error_name(str(error)) == "SQLITE_NOTADB":  # so nobody holds locks on it
+                with path.open("rb") as file:
+                    return file.read(len(_MAGIC)) != _MAGIC
+    return False
 
 
 def _legacy_error_name(message: str) -> str:
