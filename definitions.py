@@ -9,7 +9,7 @@ Sensors and schedules are on from the start here; the library's are off until so
 
 import os
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from urllib.parse import urlsplit
 
 import dagster as dg
@@ -104,7 +104,12 @@ def order_files(batch: djp.Batch) -> pd.DataFrame:
     return frame.dropna(subset=["amount"]).drop_duplicates("event_id")
 
 
-@dg.asset(group_name="batching", owners=["team:finance"], automation_condition=dg.AutomationCondition.eager())
+@dg.asset(
+    group_name="batching",
+    owners=["team:finance"],
+    kinds={"python"},
+    automation_condition=dg.AutomationCondition.eager(),
+)
 def revenue(order_files: djp.BatchOutputs[pd.DataFrame]) -> dg.MaterializeResult[float]:
     """The amount of the order files that are new since this was last materialized."""
     new = [output.load()["amount"].sum() for output in order_files.since(reader="revenue")]
@@ -140,9 +145,11 @@ def dashboard(batch: djp.Batch) -> pd.DataFrame:
     return pd.DataFrame(sorted(views.items()), columns=["product_id", "views"])
 
 
+yesterday = datetime.now(timezone.utc) - timedelta(days=1)
+
 daily_dashboard = djp.build_replay_asset(
     dashboard,
-    partitions_def=dg.DailyPartitionsDefinition(f"{datetime.now(timezone.utc):%Y-%m-%d}", end_offset=1),
+    partitions_def=dg.DailyPartitionsDefinition(f"{yesterday:%Y-%m-%d}", end_offset=1),  # until today
     group_name="kappa",
     owners=["team:recommendations"],
 )
@@ -150,7 +157,9 @@ daily_dashboard = djp.build_replay_asset(
 shop.append(
     dg.Definitions(
         assets=[daily_dashboard],
-        schedules=[djp.build_replay_schedule(daily_dashboard, default_status=running)],  # each day once it is over
+        schedules=[  # each day once it is over
+            djp.build_replay_schedule(daily_dashboard, cron_schedule="* * * * *", default_status=running)
+        ],
         sensors=[djp.build_replay_sensor(daily_dashboard, default_status=on)],  # and again if clicks of it come late
         jobs=[djp.build_rebuild_job(recommend)],
     )
@@ -193,7 +202,8 @@ products = djp.Topic("products", partitions=2, key="product_id")
 @djp.join(
     inputs={"facts": product_facts, "video": product_videos, "images": product_images},
     key="product_id",
-    deadline="1min",  # then what is there becomes dead letters, to be redriven when the rest has come
+    deadline="1min",  # then what is there becomes dead letters, and so does what comes later still:
+    late="dead_letter",  # to be redriven together, once all is there
     emits=[products],
 )
 def create_product(parts: djp.Joined) -> None:
@@ -227,7 +237,7 @@ shop.append(
         sensors=[djp.build_worker_sensor([*catalog.consumers], name="catalog_worker", default_status=on)],
         asset_checks=[djp.build_stream_checks(create_product, max_lag_age="1min", worker=True)],
         jobs=[
-            djp.build_trace_job(catalog),  # where a product is, and how long each step took
+            djp.build_trace_job(catalog, example="s2"),  # where a product is, and how long each step took
             djp.build_buffer_job(create_product),  # what waits for other parts
         ],
     )
@@ -285,7 +295,7 @@ def describe_media(upload: djp.Record, batch: djp.Batch) -> None:
     )
 
 
-@dg.asset(group_name="claim_check", owners=["team:finance"])
+@dg.asset(group_name="claim_check", owners=["team:finance"], kinds={"pandas"})
 def price_history() -> pd.DataFrame:
     """The price of each product in each hour of the last year: 1.75 million rows, as a payload.
 
@@ -294,7 +304,7 @@ def price_history() -> pd.DataFrame:
     return pd.DataFrame(prices())
 
 
-@dg.asset(group_name="claim_check", owners=["team:finance"])
+@dg.asset(group_name="claim_check", owners=["team:finance"], kinds={"pandas"})
 def cheapest_hours(price_history: pd.DataFrame) -> pd.DataFrame:
     """The hour of the day at which each product is cheapest on average: small, so it lies beside its pointer."""
     hourly = price_history.groupby(["product_id", price_history["at"].dt.hour])["price"].mean()
@@ -341,13 +351,15 @@ def send_receipts(batch: djp.Batch) -> None:
     batch.gauge("address_staleness_seconds", round(emails.staleness_s, 3))
 
 
-@dg.asset(group_name="stateful_worker", owners=["team:mail"])
+@dg.asset(group_name="stateful_worker", owners=["team:mail"], kinds={"pandas"})
 def users_by_provider(user_emails: pd.DataFrame) -> pd.DataFrame:
     """How many users have their mailbox where: a table is an input like any other, as it is at that moment."""
     return user_emails["value"].str.split("@").str[1].value_counts().rename_axis("provider").reset_index()
 
 
-@dg.asset(group_name="stateful_worker", owners=["team:mail"], deps=["send_receipts", "send_confirmations"])
+@dg.asset(
+    group_name="stateful_worker", owners=["team:mail"], kinds={"python"}, deps=["send_receipts", "send_confirmations"]
+)
 def mailers(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
     """The two mailers side by side: how old their addresses are, what they cost, what fails with whom."""
     sources = {"send_receipts": "its own table", "send_confirmations": "the user service"}
@@ -382,7 +394,7 @@ logs = djp.TextFiles(access_logs.pattern())
 of_logs = {"group_name": "map_reduce", "owners": ["team:web"], "deps": ["web_logs"]}
 
 
-@dg.asset(group_name="map_reduce", owners=["team:web"])
+@dg.asset(group_name="map_reduce", owners=["team:web"], kinds={"python"})
 def web_logs() -> dg.MaterializeResult[None]:
     """The access logs of the last days, a compressed file for each; made up, unless DJP_LOGS names others."""
     return dg.MaterializeResult(metadata={"pattern": access_logs.pattern(), "lines a day": access_logs.make()})
@@ -450,7 +462,7 @@ shop.append(dg.Definitions(assets=[web_logs, page_views, referrers, visits, sale
 
 
 # All of it, and what everybody needs: publish an event by hand, send dead letters through their handler again, move a
-# group to another position, and the checks, each minute.
+# group to another position, and the checks.
 
 everybody = (recommend, fraud, order_files, *catalog.consumers, send_confirmations, describe_media, send_receipts)
 checks = [one for section in shop for one in section.asset_checks or () if isinstance(one, dg.AssetChecksDefinition)]
@@ -459,11 +471,14 @@ defs = dg.Definitions.merge(
     *shop,
     dg.Definitions(
         jobs=[
-            djp.build_publish_job(orders, clicks, user_updates, submissions),
+            djp.build_publish_job(
+                *(orders, clicks, user_updates, submissions),
+                example={"user_id": "user-1", "product_id": "p1", "quantity": 1, "amount": 50_000.0},  # raises an alert
+            ),
             djp.build_redrive_job(*everybody, user_emails),
             djp.build_seek_job(*everybody, user_emails),
         ],
-        sensors=[djp.build_check_sensor(*checks, default_status=on)],
+        sensors=[djp.build_check_sensor(*checks, minimum_interval_seconds=10, default_status=on)],
         resources={"event_stream": djp.SqlEventStream()},  # a SQLite file under DAGSTER_HOME, or DJP_STREAM_URL
         executor=dg.in_process_executor,
     ),

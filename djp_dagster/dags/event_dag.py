@@ -143,6 +143,18 @@ class EventDag:
                 topics=missing,
             )
 
+    def outline(self) -> str:
+        """The chain as lines of text, a consumer each: what it reads, and what it emits to."""
+        sides = [
+            (" + ".join(topic.name for topic in one.topics), one.group, " + ".join(topic.name for topic in one.emits))
+            for one in self.in_order()
+        ]
+        wide, broad = (max(len(side[at]) for side in sides) for at in (0, 1))
+        return "\n".join(
+            f"{reads:<{wide}} -> {group:<{broad}} -> {emits}" if emits else f"{reads:<{wide}} -> {group}"
+            for reads, group, emits in sides
+        )
+
     def mermaid(self) -> str:
         """The chain as a Mermaid flowchart: topics round, consumers square, joins as hexagons."""
         nodes = _ids("t", (topic.name for topic in self.topics))

@@ -105,7 +105,8 @@ def join(
         key: the field of ``data`` that parts have in common; the inputs must be partitioned by it, alike.
         deadline: how long to wait from the first part on, e.g. ``"1h"``; for ever unless given.
         on_deadline: ``"dead_letter"`` sends the parts that are there to the dead letters, to be redriven when the
-            others have come; ``"partial"`` calls the handler without those that are missing.
+            others have come (keep these, too: ``late="dead_letter"``); ``"partial"`` calls the handler without those
+            that are missing.
         clock: the deadline in ``"append_time"``; or in ``"event_time"``, from the earliest part on, when all inputs
             have come past it.
         idle_after: with ``"event_time"``, inputs silent for longer are not waited for; if all are, time goes on by

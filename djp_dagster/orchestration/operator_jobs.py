@@ -107,12 +107,15 @@ def publish_op(topic: Topic, *, name: str | None = None) -> dg.OpDefinition:
     return publish
 
 
-def build_publish_job(*topics: Topic, name: str = "publish_job") -> dg.JobDefinition:
+def build_publish_job(
+    *topics: Topic, name: str = "publish_job", example: Mapping[str, object] | None = None
+) -> dg.JobDefinition:
     """A job that publishes what a person types into the Launchpad: ``topic``, and the data of each of ``events``.
 
     Args:
         *topics: where it may publish to; made when missing.
         name: the job's name.
+        example: the data of an event of the first topic, which the Launchpad is filled with; its key unless given.
     """
     _require(topics, "topics", name)
     declared = {topic.name: topic for topic in topics}
@@ -133,7 +136,7 @@ def build_publish_job(*topics: Topic, name: str = "publish_job") -> dg.JobDefini
         name=name,
         executor_def=dg.in_process_executor,
         description=f"Publishes events to one of {', '.join(sorted(declared))}.",
-        config=_preset(name, {"topic": topics[0].name, "events": [_example(topics[0])]}),
+        config=_preset(name, {"topic": topics[0].name, "events": [dict(example or _example(topics[0]))]}),
     )
     def job() -> None:
         publish_typed()

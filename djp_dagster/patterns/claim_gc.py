@@ -112,7 +112,13 @@ def build_claim_gc_job(
     """
     collect = claim_gc_op(name=f"{name}_op", values=values, with_values=with_values)
 
-    @dg.job(name=name, executor_def=dg.in_process_executor, description="Collects payloads nothing refers to.")
+    @dg.job(
+        name=name,
+        executor_def=dg.in_process_executor,
+        description="Collects payloads nothing refers to; a dry run unless told otherwise.",
+        # Without it, Dagster fills the Launchpad with the settings of resources, too.
+        config={"ops": {f"{name}_op": {"config": ClaimGcConfig().model_dump()}}},
+    )
     def claim_gc() -> None:
         collect()
 

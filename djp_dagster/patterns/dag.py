@@ -64,7 +64,7 @@ def build_event_dag_assets(
         raise InvalidSettingError(
             f"per_consumer names {unknown}, which are not in {dag.name}", setting="per_consumer", value=unknown[0]
         )
-    diagram = dg.MetadataValue.md(f"```mermaid\n{dag.mermaid()}\n```")
+    diagram = _drawn(dag)
     assets: list[dg.AssetsDefinition | dg.AssetSpec] = []
     if topics:
         assets += topic_assets(dag.consumers, group_name=options.get("group_name"))
@@ -75,14 +75,15 @@ def build_event_dag_assets(
     return assets
 
 
-def build_trace_job(dag: EventDag, *, name: str = "trace_job") -> dg.JobDefinition:
+def build_trace_job(dag: EventDag, *, name: str = "trace_job", example: str = "...") -> dg.JobDefinition:
     """A job that tells where an entity is: for each consumer what it got, what it did, and how long that took.
 
-    The answer is the op's metadata: a table, and the diagram with what is done marked; the log says it in words.
+    The answer is the op's metadata: a table, and the diagram; the log says it in words.
 
     Args:
         dag: which.
         name: the job's name.
+        example: a key, which the Launchpad is filled with.
     """
 
     @dg.op(name=f"{name}_op", required_resource_keys={STREAM_KEY}, out=dg.Out(dict))
@@ -103,12 +104,17 @@ def build_trace_job(dag: EventDag, *, name: str = "trace_job") -> dg.JobDefiniti
         name=name,
         executor_def=dg.in_process_executor,
         description=f"Tells where an entity is in {dag.name}.",
-        config={"ops": {f"{name}_op": {"config": {"key": "..."}}}},
+        config={"ops": {f"{name}_op": {"config": {"key": example}}}},
     )
     def job() -> None:
         trace_entity()
 
     return job
+
+
+def _drawn(dag: EventDag) -> dg.MarkdownMetadataValue:
+    """As text, because Dagster's UI draws no Mermaid; and as Mermaid, for those that do."""
+    return dg.MetadataValue.md(f"```\n{dag.outline()}\n```\n\n```mermaid\n{dag.mermaid()}\n```")
 
 
 def _key_of(dag: EventDag, group: str) -> dg.AssetKey:
@@ -122,5 +128,5 @@ def _metadata(dag: EventDag, found: Trace) -> dict[str, Any]:
         "complete": found.complete,
         "waits_for": ", ".join(found.waits_for) or "nothing",
         "steps": dg.MetadataValue.table([dg.TableRecord(row) for row in rows], schema=dg.TableSchema(columns)),
-        "event_dag": dg.MetadataValue.md(f"```mermaid\n{dag.mermaid()}\n```"),
+        "event_dag": _drawn(dag),
     }

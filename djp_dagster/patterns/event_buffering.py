@@ -94,7 +94,7 @@ def build_buffer_job(*joins: Join, name: str = "buffer_job") -> dg.JobDefinition
         name=name,
         executor_def=dg.in_process_executor,
         description="Shows what waits in an event buffer, and expires keys before their time.",
-        config={"ops": {f"{name}_op": {"config": {"group": joins[0].group, "expire": []}}}},
+        config={"ops": {f"{name}_op": {"config": {"group": joins[0].group, "status": "pending", "expire": []}}}},
     )
     def job() -> None:
         look_at_buffer()

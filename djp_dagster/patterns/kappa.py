@@ -140,7 +140,8 @@ def build_replay_asset(
         "window": dg.AssetOut(
             key=window_key,
             dagster_type=dg.Nothing,
-            description=f"The records of {', '.join(replayed.topics)} in each window.",
+            description=f"The records of {', '.join(replayed.topics)} in each window, which {key.to_user_string()} is "
+            "made of: how many, and as of which offsets. Both are materialized together.",
             kinds={"stream"},
             code_version="1",
             **common,

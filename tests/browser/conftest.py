@@ -1,4 +1,4 @@
-"""A Chromium of the system's, and the shop's UI with its daemon, both for a module."""
+"""A Chromium of the system's, and the shop's UI with its daemon, both for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import djp_dagster as djp
 from tests.browser.visitor import Visitor
 from tests.conftest import REPOSITORY, _skip_unless
 from tests.servers.dagster_ui import DagsterUi, group_members
@@ -29,11 +30,11 @@ _FLAGS = [
 _PATIENCE_MS = 30_000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
     """The system's Chromium, with a profile of its own; Playwright downloads none.
 
-    For a module only: while it lasts, an event loop runs in the thread of the tests.
+    For this folder only: while it lasts, an event loop runs in the thread of the tests.
     """
     path = next(filter(None, map(shutil.which, _CHROMIUMS)), None)
     if path is None:
@@ -54,17 +55,18 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContex
         context.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def ui(chromium: BrowserContext, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterUi]:
     """The shop of `definitions.py` with webserver and daemon; its sensors and schedules are off.
 
-    Its stream is a file of the test's, named by `stream_url`.
+    Its stream is a file of the test's, named by `stream_url`. Only the minute hand beside it is on.
     """
     home = tmp_path_factory.mktemp("dagster_home")
     definitions = (REPOSITORY / "workspace.yaml", Path(__file__).with_name("metronome.yaml"))
     with DagsterUi(home, *definitions, environment={"DJP_STREAM_URL": stream_url(home)}) as ui:
         ui.switch_all_off()
         ui.start_daemon()
+        ui.switch_on(ui.automations()["minute_hand"])  # a minute is long: it passes while other tests run
         groups = ui.groups
         yield ui
     assert [group_members(group) for group in groups] == [[], []]
@@ -73,6 +75,13 @@ def ui(chromium: BrowserContext, tmp_path_factory: pytest.TempPathFactory) -> It
 def stream_url(home: Path) -> str:
     """The stream beside a DAGSTER_HOME."""
     return f"sqlite:///{home / 'stream.db'}"
+
+
+@pytest.fixture(scope="package")
+def stream(ui: DagsterUi) -> Iterator[djp.EventStream]:
+    """The stream of the shop."""
+    with djp.open_stream(stream_url(ui.home)) as stream:
+        yield stream
 
 
 @pytest.fixture

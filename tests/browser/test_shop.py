@@ -1,64 +1,27 @@
-"""What a newcomer does with the shop: find it loaded, look at its lineage, Materialize, switch a sensor off and on."""
+"""What a newcomer looks at in the shop: that it is loaded, an asset and its plots, the automation, the lineage."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import djp_dagster as djp
-from tests.browser.conftest import stream_url
+from tests.browser.shop import (
+    materializations,
+    newest_tick,
+    next_tick,
+    publish_orders,
+    wait_for_end,
+    wait_for_materialization,
+    wait_for_tick,
+)
 from tests.browser.visitor import Visitor
 from tests.servers.dagster_ui import Automation, DagsterUi
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Locator
-
 pytestmark = [pytest.mark.browser, pytest.mark.daemon]
-
-LATEST = """query ($key: AssetKeyInput!) { assetOrError(assetKey: $key) { __typename ... on Asset {
-  assetMaterializations(limit: 1) { runId
-    metadataEntries { __typename label ... on IntMetadataEntry { intValue } } } } } }"""
-RUNS = """{ runsOrError { __typename ... on Runs { results { runId status } } } }"""
-
-
-@pytest.fixture(scope="module")
-def stream(ui: DagsterUi) -> Iterator[djp.EventStream]:
-    with djp.open_stream(stream_url(ui.home)) as stream:
-        yield stream
-
-
-def publish_orders(stream: djp.EventStream, count: int) -> None:
-    from definitions import orders
-
-    stream.create_topic(orders)
-    events = [
-        orders.event(user_id=f"user-{number % 7}", product_id=f"p{number}", quantity=1, amount=9.5 + number % 50)
-        for number in range(count)
-    ]
-    stream.publish(orders, events)
-
-
-def latest_materialization(ui: DagsterUi, asset: str) -> dict[str, Any] | None:
-    found = ui.graphql(LATEST, key={"path": [asset]})["assetOrError"].get("assetMaterializations")
-    if not found:
-        return None
-    numbers = {entry["label"]: entry["intValue"] for entry in found[0]["metadataEntries"] if "intValue" in entry}
-    return {"run": found[0]["runId"], **numbers}
-
-
-def runs(ui: DagsterUi) -> dict[str, str]:
-    found = {run["runId"]: run["status"] for run in ui.graphql(RUNS)["runsOrError"]["results"]}
-    assert "FAILURE" not in found.values(), found
-    return found
-
-
-def tick_ids(ui: DagsterUi, sensor: Automation) -> list[int]:
-    return [tick.id for tick in ui.ticks(sensor)]
 
 
 def test_the_shop_is_loaded(visitor: Visitor) -> None:
@@ -78,32 +41,6 @@ def test_the_shop_is_loaded(visitor: Visitor) -> None:
     assert visitor.errors == []
 
 
-def test_the_lineage_leads_from_topic_to_consumer_to_topic(visitor: Visitor, ui: DagsterUi) -> None:
-    from definitions import fraud, order_files, recommend
-
-    expected = {
-        edge
-        for consumer in (recommend, fraud, order_files)
-        for edge in (
-            *((topic.name, consumer.group) for topic in consumer.topics),
-            *((consumer.group, topic.name) for topic in consumer.emits),
-        )
-    }
-    assert len(expected) == 5
-    visitor.page.set_viewport_size({"width": 3200, "height": 5200})  # what is out of sight is not drawn
-    visitor.open("/asset-groups")
-    visitor.wait_for_lineage()
-    visitor.keep("lineage_at_first")
-    visitor.expand_groups()
-    with suppress(AssertionError):  # what is missing says more
-        ui.wait_for(lambda: expected <= visitor.drawn_edges(), "the lines of the lineage", patience_s=30.0)
-    visitor.keep("lineage")
-    drawn = visitor.drawn_edges()
-    assert expected - drawn == set()
-    assert not [edge for edge in drawn if edge[::-1] in drawn]
-    assert visitor.errors == []
-
-
 def test_materialize_processes_what_is_pending(
     visitor: Visitor, ui: DagsterUi, stream: djp.EventStream, seed: random.Random
 ) -> None:
@@ -115,22 +52,14 @@ def test_materialize_processes_what_is_pending(
     expect(visitor.page.get_by_text("Never materialized")).to_be_visible()
     visitor.keep("asset_before")
     visitor.button("Materialize").click()
-
-    def materialized() -> bool:
-        runs(ui)
-        return latest_materialization(ui, "order_files") is not None
-
-    ui.wait_for(materialized, "the materialization of order_files", patience_s=120.0)
-    latest = latest_materialization(ui, "order_files")
-    assert latest is not None
-    assert latest["events"] == published
-    ui.wait_for(lambda: runs(ui)[latest["run"]] == "SUCCESS", "the end of the run", patience_s=60.0)
+    latest = wait_for_materialization(ui, "order_files", after=0)
+    assert latest["events"] == sum(span.end for span in stream.log.spans(["orders"]).values()) >= published
     # The open page shows the first materialization late, or only to who presses reload.
     visitor.page.reload()
-    expect(visitor.row("events").get_by_role("cell").last).to_have_text(str(published))
+    expect(visitor.row("events").get_by_role("cell").last).to_have_text(str(latest["events"]))
     visitor.keep("asset")
     visitor.page.get_by_role("tab", name="Events").click()
-    expect(visitor.row("events").get_by_role("cell").nth(1)).to_have_text(str(published))
+    expect(visitor.row("events").get_by_role("cell").nth(1)).to_have_text(str(latest["events"]))
     visitor.keep("asset_events")
     visitor.open(f"/runs/{latest['run']}")
     expect(visitor.page.get_by_text("Success", exact=True).first).to_be_visible()
@@ -141,8 +70,8 @@ def test_materialize_processes_what_is_pending(
 def test_a_sensor_is_switched_off_and_on(visitor: Visitor, ui: DagsterUi, stream: djp.EventStream) -> None:
     from playwright.sync_api import expect
 
-    sensors = ui.automations()
-    sensor, metronome = sensors["fraud_sensor"], sensors["metronome"]
+    automations = ui.automations()
+    sensor, metronome = automations["fraud_sensor"], automations["metronome"]
     publish_orders(stream, 5)
     ui.switch_on(sensor)
     ui.switch_on(metronome)
@@ -152,31 +81,158 @@ def test_a_sensor_is_switched_off_and_on(visitor: Visitor, ui: DagsterUi, stream
     expect(link).to_be_visible()
     visitor.keep("automation")
     link.click()
-    switch = visitor.row("Running").get_by_role("checkbox")
+    switch = visitor.switch()
     expect(switch).to_be_checked()
     visitor.keep("sensor_on")
 
-    flip(switch)
+    visitor.flip(switch)
     expect(switch).not_to_be_checked()
     ui.wait_for(lambda: not ui.automations()[sensor.name].on, f"{sensor.name} to be off", patience_s=30.0)
     next_tick(ui, metronome)  # one of the sensor's may have been under way
-    before = tick_ids(ui, sensor)
+    before = newest_tick(ui, sensor)
     publish_orders(stream, 10)
     next_tick(ui, metronome)
     next_tick(ui, metronome)
-    assert tick_ids(ui, sensor) == before
-    assert stream.coordinator.pending("fraud").events == 10
+    assert newest_tick(ui, sensor) == before
+    assert stream.pending("fraud").events == 10
     visitor.keep("sensor_off")
 
-    flip(switch)
+    visitor.flip(switch)
     expect(switch).to_be_checked()
-    run = wait_until_done(ui, stream, "fraud", sensor, after=before[0])
+    run = wait_until_done(ui, stream, "fraud", sensor, after=before)
     expect(visitor.page.get_by_role("link", name=run[:8]).first).to_be_visible()
     visitor.keep("sensor_on_again")
     visitor.open("/deployment/daemons")
     expect(visitor.row("Sensors").get_by_text("Running", exact=True)).to_be_visible()
     visitor.keep("daemons")
+    visitor.open(f"/locations/shop/sensors/{sensor.name}")
+    visitor.flip(visitor.switch())  # what comes next publishes orders, too
+    ui.wait_for(lambda: not ui.automations()[sensor.name].on, f"{sensor.name} to be off", patience_s=30.0)
     assert visitor.errors == []
+
+
+def test_the_figures_of_the_runs_are_plotted(visitor: Visitor, ui: DagsterUi, stream: djp.EventStream) -> None:
+    from playwright.sync_api import expect
+
+    visitor.page.set_viewport_size({"width": 1200, "height": 940})
+    before = len(materializations(ui, "fraud"))
+    published = [120, 310, 210]
+    for number, count in enumerate(published):
+        publish_orders(stream, count)
+        visitor.open("/assets/fraud")
+        visitor.button("Materialize").click()
+        wait_for_materialization(ui, "fraud", after=before + number)
+    events = [made["events"] for made in materializations(ui, "fraud")]
+    assert events[: len(published) - 1] == published[:0:-1], "the first may have found some pending"
+    visitor.page.reload()
+    visitor.button("Plots").click()
+    for figure in ("events", "events_per_second", "lag_age_seconds"):
+        expect(visitor.plot(figure)).to_be_attached()
+        visitor.plot(figure).scroll_into_view_if_needed()
+        ui.wait_for(lambda figure=figure: visitor.is_plotted(figure), f"the line of {figure}")  # type: ignore[misc]
+    visitor.page.get_by_text("dead_letters", exact=True).evaluate("label => label.scrollIntoView()")
+    visitor.picture("asset")
+    assert visitor.errors == []
+
+
+def test_a_schedule_is_switched_on_and_off(visitor: Visitor, ui: DagsterUi) -> None:
+    from playwright.sync_api import expect
+
+    automations = ui.automations()
+    schedule, hand = automations["dashboard_replay_schedule"], automations["minute_hand"]
+    wait_for_tick(ui, hand, after=0)
+    assert not schedule.on
+    assert ui.ticks(schedule) == [], "a full minute has passed, and it was off"
+    visitor.open("/automation")
+    visitor.page.get_by_role("link", name=schedule.name).click()
+    switch = visitor.switch()
+    expect(switch).not_to_be_checked()
+    visitor.flip(switch)
+    expect(switch).to_be_checked()
+    wait_for_tick(ui, schedule, after=0)
+    (tick,) = ui.ticks(schedule)
+    for run in tick.runs:  # yesterday, unless somebody has replayed it
+        wait_for_end(ui, run)
+        assert [made["run"] for made in materializations(ui, "dashboard_replay")][:1] == [run]
+    expect(visitor.page.get_by_text(re.compile(rf"^{len(tick.runs)} runs? requested$")).first).to_be_visible()
+    visitor.keep("schedule_on")
+    visitor.flip(switch)
+    expect(switch).not_to_be_checked()
+    ui.wait_for(lambda: not ui.automations()[schedule.name].on, f"{schedule.name} to be off", patience_s=30.0)
+    assert visitor.errors == []
+
+
+def test_the_lineage_leads_from_group_to_group_and_from_topic_to_consumer_to_topic(
+    visitor: Visitor, ui: DagsterUi
+) -> None:
+    groups = set(groups_of_assets().values())
+    assert len(groups) == 9, "a group for each pattern"
+    visitor.page.set_viewport_size({"width": 2200, "height": 1600})
+    visitor.open("/asset-groups")
+    visitor.wait_for_lineage()
+    wait_for_edges(visitor, ui, edges_of_groups())
+    assert visitor.drawn_names() == groups
+    assert visitor.drawn_edges() == edges_of_groups()
+    visitor.keep("lineage_at_first")
+    visitor.picture("lineage", around=visitor.nodes)
+
+    for group in ("dag", "event_buffering"):
+        visitor.expand_group(group)
+    names = {key[-1] for key, group in groups_of_assets().items() if group in ("dag", "event_buffering")}
+    of_dag = {edge for edge in edges_of_consumers() if names.issuperset(edge)}
+    assert len(of_dag) == 10
+    wait_for_edges(visitor, ui, of_dag)
+    assert of_dag <= visitor.drawn_edges()
+    visitor.picture("dag", around=visitor.nodes_of({*names, "dag", "event_buffering"}))
+
+    visitor.page.set_viewport_size({"width": 3200, "height": 5200})  # what is out of sight is not drawn
+    visitor.open("/asset-groups")
+    visitor.wait_for_lineage()
+    visitor.expand_groups()
+    expected = edges_of_consumers()
+    assert len(expected) >= 20
+    wait_for_edges(visitor, ui, expected)
+    visitor.keep("lineage")
+    drawn = visitor.drawn_edges()
+    assert expected - drawn == set()
+    assert not [edge for edge in drawn if edge[::-1] in drawn]
+    assert visitor.errors == []
+
+
+def wait_for_edges(visitor: Visitor, ui: DagsterUi, expected: set[tuple[str, str]]) -> None:
+    with suppress(AssertionError):  # what is missing says more
+        ui.wait_for(lambda: expected <= visitor.drawn_edges(), "the lines of the lineage", patience_s=30.0)
+
+
+def groups_of_assets() -> dict[tuple[str, ...], str]:
+    from definitions import defs
+
+    return {tuple(spec.key.path): spec.group_name or "" for spec in defs.resolve_all_asset_specs()}
+
+
+def edges_of_groups() -> set[tuple[str, str]]:
+    from definitions import defs
+
+    groups = groups_of_assets()
+    edges = {
+        (groups[tuple(dep.asset_key.path)], groups[tuple(spec.key.path)])
+        for spec in defs.resolve_all_asset_specs()
+        for dep in spec.deps
+    }
+    return {edge for edge in edges if edge[0] != edge[1]}
+
+
+def edges_of_consumers() -> set[tuple[str, str]]:
+    from definitions import everybody, user_emails
+
+    return {
+        edge
+        for consumer in (*everybody, user_emails)
+        for edge in (
+            *((topic.name, consumer.group) for topic in consumer.topics),
+            *((consumer.group, topic.name) for topic in consumer.emits),
+        )
+    }
 
 
 def wait_until_done(ui: DagsterUi, stream: djp.EventStream, group: str, sensor: Automation, *, after: int = 0) -> str:
@@ -187,21 +243,6 @@ def wait_until_done(ui: DagsterUi, stream: djp.EventStream, group: str, sensor: 
 
     ui.wait_for(lambda: bool(asked()), f"{sensor.name} to ask for a run", patience_s=60.0)
     run = asked()[-1]
-    ui.wait_for(lambda: runs(ui).get(run) == "SUCCESS", "the end of the sensor's run", patience_s=120.0)
-    assert stream.coordinator.pending(group).events == 0
+    wait_for_end(ui, run)
+    assert stream.pending(group).events == 0
     return run
-
-
-def flip(switch: Locator) -> None:
-    """Click the switch. The checkbox itself is invisible; its label is what a visitor sees."""
-    switch.locator("xpath=..").click()
-
-
-def next_tick(ui: DagsterUi, sensor: Automation) -> None:
-    """Wait for the end of a tick that begins from now on."""
-    newest = max(tick_ids(ui, sensor), default=0)
-    ui.wait_for(
-        lambda: any(tick.id > newest and tick.status != "STARTED" for tick in ui.ticks(sensor)),
-        f"a tick of {sensor.name}",
-        patience_s=60.0,
-    )

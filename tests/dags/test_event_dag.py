@@ -214,6 +214,15 @@ def test_helpers_are_taken_in_before_whom_they_help() -> None:
     assert names(dag.topics) == ["other", "other-by-k-for-create", "products", "uploads", "video"]
 
 
+def test_the_outline_lists_consumers_in_order() -> None:
+    assert EventDag([MAIL, CREATE, RESIZE, TRANSCODE]).outline().splitlines() == [
+        "uploads        -> transcode -> video",
+        "uploads        -> resize    -> images",
+        "video + images -> create    -> products",
+        "products       -> mail      -> mails",
+    ]
+
+
 def test_the_diagram_of_a_chain() -> None:
     assert EventDag([MAIL, CREATE, RESIZE, TRANSCODE]).mermaid().splitlines() == [
         "flowchart LR",

@@ -96,3 +96,14 @@ def test_the_asset_plots_and_the_schedule_is_off(stream: EventStream, resource: 
     context = dg.build_schedule_context()
     (request,) = schedule.evaluate_tick(context).run_requests or ()
     assert request.run_config == {"ops": {"claim_gc_job_op": {"config": {"dry_run": False, "grace": "1d"}}}}
+
+
+def test_the_launchpad_is_filled_with_a_dry_run_and_with_nothing_else(
+    stream: EventStream, resource: SqlEventStream
+) -> None:
+    stream.payloads.put(b"x")
+    job = djp.build_claim_gc_job(with_values=False)
+    assert job.run_config == {"ops": {"claim_gc_job_op": {"config": {"dry_run": True, "grace": "1d"}}}}
+    done = job.execute_in_process(resources={"event_stream": resource})
+    (event,) = [e for e in done.all_events if e.event_type_value == "STEP_OUTPUT"]
+    assert event.step_output_data.metadata["dry run"].value is True

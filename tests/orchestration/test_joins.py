@@ -76,7 +76,7 @@ def test_the_lineage_is_whole_and_the_diagram_is_in_the_metadata() -> None:
     }
     assert specs["create"].kinds == {"python", "join"}
     diagram = specs["create"].metadata["event_dag"].value
-    assert diagram == f"```mermaid\n{CATALOG.mermaid()}\n```"
+    assert diagram == f"```\n{CATALOG.outline()}\n```\n\n```mermaid\n{CATALOG.mermaid()}\n```"
     assert "c_create{{create}}" in diagram
     defs = dg.Definitions(assets=assets, resources={"event_stream": djp.SqlEventStream()})
     dg.Definitions.validate_loadable(defs)
@@ -180,6 +180,10 @@ def test_the_trace_job_tells_where_an_entity_is(
         assert answer["complete"] == (not observations(result)), "who keeps it is told"
         return answer
 
+    launched_as_it_is = djp.build_trace_job(CATALOG, example="p1").execute_in_process(
+        instance=instance, resources={"event_stream": resource}
+    )
+    assert launched_as_it_is.output_for_node("trace_job_op")["key"] == "p1"
     assert traced(key="p1")["complete"]
     assert traced(key="7", as_number=True)["complete"]
     found = traced(key="p2")

@@ -62,6 +62,13 @@ class TestPublish:
             "ops": {"publish_job_op": {"config": {"topic": "orders", "events": [{"user": "..."}]}}}
         }
 
+    def test_the_launchpad_is_filled_with_the_given_example_which_can_be_published_as_it_is(
+        self, instance: dg.DagsterInstance, resource: SqlEventStream
+    ) -> None:
+        job = djp.build_publish_job(ORDERS, COPIES, example={"user": "ada", "n": 3})
+        assert job.execute_in_process(instance=instance, resources={"event_stream": resource}).success
+        assert [record.data for record in records_of(resource.open(), ORDERS)] == [{"user": "ada", "n": 3}]
+
     @pytest.mark.parametrize(
         ("config", "words"),
         [

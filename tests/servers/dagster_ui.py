@@ -45,8 +45,12 @@ _STOP_SCHEDULE = (
 )
 _START_SENSOR = """mutation ($sensor: SensorSelector!) {
   startSensor(sensorSelector: $sensor) { __typename ... on PythonError { message } } }"""
+_START_SCHEDULE = """mutation ($schedule: ScheduleSelector!) {
+  startSchedule(scheduleSelector: $schedule) { __typename ... on PythonError { message } } }"""
 _TICKS = """query ($sensor: SensorSelector!) { sensorOrError(sensorSelector: $sensor) { __typename
   ... on Sensor { sensorState { ticks(limit: 50) { tickId status runIds } } } } }"""
+_SCHEDULE_TICKS = """query ($schedule: ScheduleSelector!) { scheduleOrError(scheduleSelector: $schedule) { __typename
+  ... on Schedule { scheduleState { ticks(limit: 50) { tickId status runIds } } } } }"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Automation:
 
 @dataclass(frozen=True)
 class Tick:
-    """One evaluation of a sensor: STARTED, SKIPPED, SUCCESS or FAILURE, and the runs it asked for."""
+    """One evaluation of a sensor or schedule: STARTED, SKIPPED, SUCCESS or FAILURE, and the runs it asked for."""
 
     id: int
     status: str
@@ -187,13 +191,19 @@ class DagsterUi:
         if on:
             raise RuntimeError(f"{on} do not stop")
 
-    def switch_on(self, sensor: Automation) -> None:
-        """Start a sensor."""
-        self.graphql(_START_SENSOR, sensor=sensor.selector)
+    def switch_on(self, automation: Automation) -> None:
+        """Start a sensor or a schedule."""
+        if automation.is_sensor:
+            self.graphql(_START_SENSOR, sensor=automation.selector)
+        else:
+            self.graphql(_START_SCHEDULE, schedule=automation.selector)
 
-    def ticks(self, sensor: Automation) -> list[Tick]:
-        """The sensor's newest ticks, the newest first."""
-        state = self.graphql(_TICKS, sensor=sensor.selector)["sensorOrError"]["sensorState"]
+    def ticks(self, automation: Automation) -> list[Tick]:
+        """Its newest ticks, the newest first."""
+        if automation.is_sensor:
+            state = self.graphql(_TICKS, sensor=automation.selector)["sensorOrError"]["sensorState"]
+        else:
+            state = self.graphql(_SCHEDULE_TICKS, schedule=automation.selector)["scheduleOrError"]["scheduleState"]
         return [Tick(int(tick["tickId"]), tick["status"], tuple(tick["runIds"])) for tick in state["ticks"]]
 
     def wait_for(self, condition: Callable[[], bool], what: str, *, patience_s: float = 60.0) -> None:
