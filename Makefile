@@ -25,7 +25,7 @@ demo: venv ## the shop: user interface, daemon and traffic until Ctrl-C; FOR=60 
 	@$(BIN)/python -m demo $(if $(FOR),--for $(FOR)) $(ARGS)
 
 test: venv ## everything but the soak tests, with coverage
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov $(if $(ARGS),--cov-fail-under=0) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --cov $(if $(ARGS),--cov-fail-under=0) $(ARGS)
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

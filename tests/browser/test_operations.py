@@ -17,7 +17,7 @@ from tests.browser.shop import backfills, events_of, materializations, partition
 from tests.browser.visitor import Visitor
 from tests.servers.dagster_ui import DagsterUi
 
-pytestmark = [pytest.mark.browser, pytest.mark.daemon]
+pytestmark = [pytest.mark.browser, pytest.mark.daemon, pytest.mark.xdist_group("browser")]
 
 
 def test_a_backfill_replays_each_day(

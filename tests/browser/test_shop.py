@@ -21,7 +21,7 @@ from tests.browser.shop import (
 from tests.browser.visitor import Visitor
 from tests.servers.dagster_ui import Automation, DagsterUi
 
-pytestmark = [pytest.mark.browser, pytest.mark.daemon]
+pytestmark = [pytest.mark.browser, pytest.mark.daemon, pytest.mark.xdist_group("browser")]
 
 
 def test_the_shop_is_loaded(visitor: Visitor) -> None:
