@@ -19,9 +19,15 @@ venv: $(VENV)/.installed ## the virtual environment all other targets use
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) --editable '.[webserver,test,lint]'
+	touch $@ $(VENV)/.demo-installed
+
+# What the shop needs, and no more: whoever only wants to see it need not wait for the servers of the tests.
+$(VENV)/.demo-installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) --editable '.[webserver,lookup,postgresql]'
 	touch $@
 
-demo: venv ## the shop: user interface, daemon and traffic until Ctrl-C; FOR=60 stops by itself and checks the books
+demo: $(VENV)/.demo-installed ## the shop: user interface, daemon and traffic until Ctrl-C; FOR=60 stops by itself and checks the books
 	@$(BIN)/python -m demo $(if $(FOR),--for $(FOR)) $(ARGS)
 
 test: venv ## everything but the soak tests, with coverage

@@ -8,13 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from demo import outbox
 from demo.errors import DemoError
+from djp_dagster import EventStream, open_payload_store, open_stream
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Home(NamedTuple):
-    """A folder in use: DAGSTER_HOME of everything that is started, with the stream and the logs inside.
+    """A folder in use: DAGSTER_HOME of everything that is started, with the logs and all else inside.
+
+    ``DJP_STREAM_URL`` puts the stream elsewhere, ``DJP_S3_BUCKET`` and its companions the payloads, for us as for all
+    that is started.
 
     Attributes:
         lock: an open file that whoever runs here keeps open; started processes inherit it, so that the folder is in use
@@ -30,13 +35,20 @@ class Home(NamedTuple):
         return self.folder / "process-logs"
 
     @property
-    def stream_file(self) -> Path:
-        """Where `SqlEventStream()` puts the stream."""
-        return self.folder / "djp" / "stream.db"
+    def outbox(self) -> Path:
+        """The folder of the mails."""
+        return outbox.folder(self.environment())
+
+    def open_stream(self) -> EventStream:
+        """The stream of the shop, as `SqlEventStream()` opens it in what is started here."""
+        return open_stream(
+            os.environ.get("DJP_STREAM_URL") or self.folder / "djp" / "stream.db",
+            default_payloads=open_payload_store(self.folder / "djp" / "payloads"),
+        )
 
     def environment(self) -> dict[str, str]:
-        """The environment of what is started here: everything lies in this folder, whatever the caller has set."""
-        kept = {name: value for name, value in os.environ.items() if name not in ("DJP_STREAM_URL", "DJP_STATE_FOLDER")}
+        """The environment of what is started here."""
+        kept = {name: value for name, value in os.environ.items() if name != "DJP_STATE_FOLDER"}
         # The uploader of telemetry looks at this variable, not at dagster.yaml.
         return {**kept, "DAGSTER_HOME": str(self.folder), "DAGSTER_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -75,11 +87,12 @@ def claim(folder: Path) -> Iterator[Home]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            note = (folder / "lock").read_text().strip() or "processes that have left no note"
-            raise DemoError(f"{folder} is in use by {note}; stop them, or set DEMO_HOME to another folder") from None
+            note = (folder / "lock").read_text().strip() or "processes that have left no note: stop them"
+            raise DemoError(f"{folder} is in use by {note}; or set DEMO_HOME to another folder") from None
         shutil.copyfile(REPOSITORY / "demo" / "dagster.yaml", folder / "dagster.yaml")
         home = Home(folder, lock)
         home.logs.mkdir(exist_ok=True)
+        home.tell_users(f"process {os.getpid()}, which starts the demonstration: wait for it, or stop it with Ctrl-C")
         yield home
     finally:
         os.close(lock)

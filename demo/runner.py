@@ -5,11 +5,11 @@ are asked to stop, so that a resident worker finishes its batch; the user interf
 after that is killed.
 """
 
+import os
 import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +23,7 @@ from demo.home import REPOSITORY, Home
 from demo.processes import Child, wait_until
 from demo.traffic import Settings, as_options
 from demo.ui import Ui, UiAwayError
+from djp_dagster.processing.stopping import SignalledEvent
 
 _FIRST_PORT, _FIRST_SERVICE_PORT, _PORTS = 3000, 8750, 100
 _START_S = 180.0
@@ -33,7 +34,7 @@ _KILL_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Wish(threading.Event):
+class Wish(SignalledEvent):
     """Set when a person, or the system, asks to stop; asked twice, it is urgent."""
 
     def __init__(self) -> None:
@@ -90,8 +91,12 @@ class Shop:
         self._start("users", [sys.executable, "-m", "demo.user_service", "--port", str(self._service_port)])
         self._start("daemon", [_script("dagster-daemon"), "run", *workspace])
         self._start("traffic", [sys.executable, "-m", "demo.traffic", *as_options(self._settings)])
-        pids = ", ".join(f"{child.pid} ({name})" for name, child in self._children.items())
-        self._home.tell_users(f"the demonstration at {self.ui.url}, processes {pids}")
+        # Whoever kills us leaves these groups; they keep the lock, and what has started is told how to be rid of them.
+        groups = " ".join(f"-{child.pid}" for child in self._children.values())
+        self._home.tell_users(
+            f"the demonstration at {self.ui.url}: stop process {os.getpid()} with Ctrl-C or kill; if that is gone, "
+            f"stop what it has left with `kill -- {groups}`"
+        )
         for what, condition in (
             ("the user interface to answer", self.ui.answers),
             ("the definitions to load", self.ui.has_loaded),
@@ -172,14 +177,19 @@ class Shop:
     def _stop_runs(self, daemon: Child) -> None:
         # Through the user interface, as a person would: the run ends as canceled, and none is left open for next time.
         try:
-            found = self.ui.runs_under_way()
-            if found:
-                click.echo(f"  asking runs to stop: {', '.join(sorted(found.values()))}")
-                self.ui.terminate(list(found))
-            wait_until(lambda: self._wish.urgent or not daemon.members() or not self.ui.runs_under_way(), _RUNS_STOP_S)
+            wait_until(lambda: self._wish.urgent or not daemon.members() or self._runs_have_ended(), _RUNS_STOP_S)
         except DemoError as error:
             click.echo(f"  runs are stopped by signal: {error.message}")
             daemon.send_to_all(signal.SIGTERM)
+
+    def _runs_have_ended(self) -> bool:
+        """Whether no run is left; asks those to stop that do not know it, as one may that has just been starting."""
+        left = self.ui.runs_under_way()
+        unaware = [run for run in left if not run.canceling]
+        if unaware:
+            click.echo(f"  asking runs to stop: {', '.join(sorted(run.job for run in unaware))}")
+            self.ui.terminate([run.id for run in unaware])
+        return not left
 
     def _ended(self, child: Child, seconds: float) -> bool:
         return wait_until(lambda: not child.members() or self._wish.urgent, seconds)

@@ -20,6 +20,7 @@ from definitions import clicks, orders, product_uploads, submissions, user_updat
 from demo.catalog import submission
 from demo.media import IMAGES, VIDEOS, medium
 from djp_dagster import Event, EventStream, Topic
+from djp_dagster.processing.stopping import SignalledEvent
 
 SMALL = (clicks, orders, user_updates)
 TOPICS = (*SMALL, product_uploads, submissions)
@@ -237,7 +238,7 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--stream", "target", help="File or URL of the stream; that of SqlEventStream() unless given.")
 def main(target: str | None, **given: Any) -> None:
     """Run until SIGINT or SIGTERM."""
-    stop = threading.Event()
+    stop = SignalledEvent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     settings = Settings(**given)

@@ -4,14 +4,16 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from demo.errors import DemoError
 
 LOCATION = "shop"
 _REPOSITORY = "__repository__"
 _TIMEOUT_S = 15.0
-_UNDER_WAY = ("STARTING", "STARTED", "CANCELING")
+_SELDOM_S = 60
+_CANCELING = "CANCELING"
+_UNDER_WAY = ("STARTING", "STARTED", _CANCELING)
 
 _LOCATIONS = """
 {
@@ -21,11 +23,11 @@ _LOCATIONS = """
 _SENSORS = """
 query Sensors($repository: RepositorySelector!) {
   sensorsOrError(repositorySelector: $repository) { ... on Sensors { results {
-    name sensorState { status ticks(limit: 1) { timestamp } } } } }
+    name minIntervalSeconds sensorState { status ticks(limit: 1) { timestamp } } } } }
 }"""
 _RUNS = """
 query Runs($statuses: [RunStatus!]) {
-  runsOrError(filter: {statuses: $statuses}) { ... on Runs { results { runId jobName } } }
+  runsOrError(filter: {statuses: $statuses}) { ... on Runs { results { runId jobName status } } }
 }"""
 _TERMINATE = """
 mutation Terminate($ids: [String!]!) {
@@ -38,6 +40,14 @@ mutation Launch($parameters: ExecutionParams!) {
     ... on RunConfigValidationInvalid { errors { message } }
   }
 }"""
+
+
+class Run(NamedTuple):
+    """A run; ``canceling`` if it was asked to stop."""
+
+    id: str
+    job: str
+    canceling: bool
 
 
 class Ui:
@@ -68,20 +78,21 @@ class Ui:
         return bool(entries) and all(entry["loadStatus"] == "LOADED" for entry in entries)
 
     def silent_sensors(self, since: float) -> list[str]:
-        """The sensors that are on and have not looked since."""
+        """The sensors that are on and have not looked since, but for those that look once a minute or less often."""
         selector = {"repositoryName": _REPOSITORY, "repositoryLocationName": LOCATION}
         sensors = self._ask(_SENSORS, repository=selector)["sensorsOrError"].get("results", [])
         return [
             sensor["name"]
             for sensor in sensors
             if sensor["sensorState"]["status"] == "RUNNING"
+            and sensor["minIntervalSeconds"] < _SELDOM_S
             and not any(tick["timestamp"] >= since for tick in sensor["sensorState"]["ticks"])
         ]
 
-    def runs_under_way(self) -> dict[str, str]:
-        """The jobs of the runs that have a process, by the run's id."""
+    def runs_under_way(self) -> list[Run]:
+        """The runs that have a process, or are about to."""
         found = self._ask(_RUNS, statuses=_UNDER_WAY)["runsOrError"].get("results", [])
-        return {run["runId"]: run["jobName"] for run in found}
+        return [Run(run["runId"], run["jobName"], run["status"] == _CANCELING) for run in found]
 
     def terminate(self, run_ids: Sequence[str]) -> None:
         """Ask runs to stop."""

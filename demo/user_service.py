@@ -18,6 +18,7 @@ import click
 
 import djp_dagster as djp
 from definitions import user_updates
+from djp_dagster.processing.stopping import SignalledEvent
 
 _LATENCY_S = 0.003
 _UNAVAILABLE = 0.01
@@ -95,7 +96,7 @@ def server(addresses: Addresses, port: int) -> ThreadingHTTPServer:
 @click.option("--port", type=int, required=True)
 def main(port: int) -> None:
     """Run until SIGINT or SIGTERM."""
-    stop = threading.Event()
+    stop = SignalledEvent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with djp.SqlEventStream().open() as stream:

@@ -22,6 +22,7 @@ from djp_dagster.orchestration.step import backlog_of
 from djp_dagster.orchestration.tags import CODE_TAG, STREAM_KEY, owner_of
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.reports import BatchReport
+from djp_dagster.processing.stopping import SignalledEvent
 from djp_dagster.processing.worker import Worker
 from djp_dagster.resources.event_stream import SqlEventStream
 from djp_dagster.streams.stream import EventStream
@@ -63,7 +64,7 @@ def work(
     stream = resource.open()
     context.instance.add_run_tags(context.run.run_id, {CODE_TAG: code_version})
     summaries = Summaries(context, stream, keys, parse_seconds(config.report_every, name="report_every"))
-    stop = threading.Event()
+    stop = SignalledEvent()
     worker = Worker(
         stream,
         consumers,
