@@ -149,9 +149,12 @@ def run_consumer(
 
 
 def _by_type(consumer: Consumer, events: Sequence[Event]) -> Mapping[Topic, Sequence[Event]]:
-    if len(consumer.topics) == 1:
-        return {consumer.topics[0]: events}
-    known = {topic.name: topic for topic in consumer.topics}
+    # What a join repartitions is published to the topic that it declares.
+    declared = {helper.emits[0].name: helper.topics[0] for helper in consumer.helpers}
+    topics = [declared.get(topic.name, topic) for topic in consumer.topics]
+    if len(topics) == 1:
+        return {topics[0]: events}
+    known = {topic.name: topic for topic in topics}
     by_topic: dict[Topic, list[Event]] = {}
     for event in events:
         if event.type not in known:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from djp_dagster.streams.location import URL_VARIABLE, default_url
+from djp_dagster.streams.location import URL_VARIABLE, default_url, prepared_default_url
 
 if TYPE_CHECKING:
     from djp_dagster.streams.stream import EventStream
@@ -59,7 +59,7 @@ class Access:
                 "djp publish TOPIC FILE --create --partitions N --key FIELD"
             )
         if path is not None and create and self.named_by == "the default place":
-            path.parent.mkdir(parents=True, exist_ok=True)
+            prepared_default_url()
         stream = open_stream(self.target)
         self._context.call_on_close(stream.close)
         return stream

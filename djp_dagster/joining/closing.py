@@ -111,16 +111,18 @@ class Closing:
 
     def too_late(self, key: Key, mark: Mark, part: Part) -> None:
         """A part of a key that is done."""
-        self._refuse(part, LatePartError(f"key {key!r} was {mark[0]} before it came"))
+        self._refuse(part, LatePartError(f"key {key!r} was {mark[0]} before it came"), mark[0] != "completed")
 
     def refuse(self, key: Key, part: Part) -> None:
         """A part that is later than its key is due, though the key waits still."""
-        self._refuse(part, LatePartError(f"key {key!r} is due before it"))
+        given_up = self._rules.on_deadline == "dead_letter"
+        self._refuse(part, LatePartError(f"key {key!r} is due before it"), given_up)
 
-    def _refuse(self, part: Part, error: DjpError) -> None:
+    def _refuse(self, part: Part, error: DjpError, given_up: bool) -> None:
         self._ledger.summary.late += 1
         self._batch.count("late_parts")
-        if self._rules.late == "drop":
+        # What was completed needs no more parts; what became dead letters can be redriven only with all of them.
+        if self._rules.late == "drop" or (self._rules.late == "with_key" and not given_up):
             return
         if self._rules.late == "topic":
             record = part.record(self.origin)

@@ -78,7 +78,7 @@ def join(
     optional: Sequence[str] = (),
     count: Mapping[str, int | str] | None = None,
     duplicates: Duplicates = "first",
-    late: Late = "drop",
+    late: Late | None = None,
     remember: Duration | None = None,
     max_buffer_bytes: Size = "256MiB",
     repartition: bool = False,
@@ -105,8 +105,7 @@ def join(
         key: the field of ``data`` that parts have in common; the inputs must be partitioned by it, alike.
         deadline: how long to wait from the first part on, e.g. ``"1h"``; for ever unless given.
         on_deadline: ``"dead_letter"`` sends the parts that are there to the dead letters, to be redriven when the
-            others have come (keep these, too: ``late="dead_letter"``); ``"partial"`` calls the handler without those
-            that are missing.
+            others have come; ``"partial"`` calls the handler without those that are missing.
         clock: the deadline in ``"append_time"``; or in ``"event_time"``, from the earliest part on, when all inputs
             have come past it.
         idle_after: with ``"event_time"``, inputs silent for longer are not waited for; if all are, time goes on by
@@ -117,7 +116,8 @@ def join(
         duplicates: of a part that is there already: keep the ``"first"``, the ``"last"``, or ``"all"`` as a list. The
             same event published twice counts once.
         late: what becomes of a part that comes after its key was completed or has expired: ``"drop"``,
-            ``"dead_letter"``, or a topic.
+            ``"dead_letter"``, or a topic. Unless given, it is dropped if its key was completed, and becomes a dead
+            letter if the other parts have.
         remember: how long it is remembered that a key is done. For ever unless given, at some 50 bytes a key; after it,
             a late part begins the key anew.
         max_buffer_bytes: of the parts that wait, in each task; what exceeds it becomes a dead letter. A part whose data
@@ -158,7 +158,7 @@ def join(
     ):
         if value not in allowed:
             raise _invalid(setting, value, f"use one of {list(allowed)}")
-    if not (late in ("drop", "dead_letter") or isinstance(late, Topic)):
+    if not (late in (None, "drop", "dead_letter") or isinstance(late, Topic)):
         raise _invalid("late", late, "use 'drop', 'dead_letter', or a Topic")
     if optional and deadline is None:
         raise _invalid("optional", optional, "give a deadline, or they are waited for as long as the others")
@@ -175,7 +175,7 @@ def join(
             idle_micros=_micros(idle_after, "idle_after") or 0,
             on_deadline=on_deadline,
             duplicates=duplicates,
-            late="topic" if isinstance(late, Topic) else late,
+            late="topic" if isinstance(late, Topic) else late or "with_key",
             late_topic=late.name if isinstance(late, Topic) else None,
             remember_micros=_micros(remember, "remember"),
             max_buffer_bytes=parse_bytes(max_buffer_bytes, name="max_buffer_bytes"),

@@ -18,7 +18,7 @@ class JoinRules(msgspec.Struct, frozen=True):
     Attributes:
         by_event_time: deadlines are measured in event time, from the earliest part; else in append time, from the
             first.
-        late, late_topic: what becomes of a part that comes too late.
+        late, late_topic: what becomes of a part that comes too late; ``"with_key"``: what became of its key.
         remember_micros: how long marks are kept; None for ever.
     """
 
@@ -29,7 +29,7 @@ class JoinRules(msgspec.Struct, frozen=True):
     idle_micros: int
     on_deadline: OnDeadline
     duplicates: Duplicates
-    late: Literal["drop", "dead_letter", "topic"]
+    late: Literal["with_key", "drop", "dead_letter", "topic"]
     late_topic: str | None
     remember_micros: int | None
     max_buffer_bytes: int

@@ -65,7 +65,7 @@ def consumer_asset(consumer: Consumer, *, options: AssetOptions) -> dg.AssetsDef
     ]
     link = {} if isinstance(consumer, Table) else code_link(consumer.handler)
     given: dict[str, Any] = {"description": consumer.__doc__, "kinds": _kinds_of(consumer), **options, "deps": deps}
-    given["metadata"] = {**link, **options.get("metadata", {})}
+    given["metadata"] = {**link, **(options.get("metadata") or {})}
 
     def process(context: dg.AssetExecutionContext, config: ProcessConfig) -> Iterator[dg.MaterializeResult[Any]]:
         with processed(context, consumer, config) as done:

@@ -70,7 +70,7 @@ def build_event_dag_assets(
         assets += topic_assets(dag.consumers, group_name=options.get("group_name"))
     for consumer in dag.in_order():
         own: AssetOptions = {**options, **single.get(consumer.group, {})}
-        own["metadata"] = {**own.get("metadata", {}), "event_dag": diagram}
+        own["metadata"] = {**(own.get("metadata") or {}), "event_dag": diagram}
         assets.append(consumer_asset(consumer, options=own))
     return assets
 

@@ -89,7 +89,7 @@ def map_reduce_asset(
             "code_version": job.code_version,
             **(asset or {}),
         }
-        options["metadata"] = {**code_link(job.mapper), **options.get("metadata", {})}
+        options["metadata"] = {**code_link(job.mapper), **(options.get("metadata") or {})}
         keys = resources_of(source) | set(options.pop("required_resource_keys", ()))
         options["deps"] = [*topics_of(source), *options.get("deps", ())]
 

@@ -91,11 +91,12 @@ class Batch:
     deadlines take effect with the commit, once; nothing of them is visible before, or if the handler raises.
 
     Attributes:
-        id: the same at every attempt at these records.
+        id: the same at every attempt; the records may be fewer then, without those that fail: overwrite what has it,
+            and do not skip it.
         group: the consumer group.
         attempt: 1, 2, ...
-        fencing_token: grows whenever the work changes hands; a store that remembers the highest it has seen can refuse
-            a holder that has lost its lease.
+        fencing_token: grows whenever a partition changes hands; a store that remembers the highest it has seen of each
+            partition can refuse a holder that has lost its lease.
         reason: why the batch was cut.
         ranges: what it covers.
         deadlines: those that fire with this batch; see `set_deadline`.

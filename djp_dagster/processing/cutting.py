@@ -33,14 +33,18 @@ def _bounded_by_events(
     total = sum(pending.values())
     if limit is None or total <= limit:
         return dict(ends)
-    shares = {at: limit * count // total for at, count in pending.items()}
-    left = limit - sum(shares.values())
-    for at in sorted(pending, key=lambda at: -(limit * pending[at] % total)):
-        if left == 0:
-            break
+    shares = zip(pending, divided(limit, list(pending.values())), strict=True)
+    return {at: positions[at] + share for at, share in shares if share}
+
+
+def divided(limit: int, pending: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to ``pending`` that add up to ``limit``."""
+    total = sum(pending)
+    shares = [limit * count // total for count in pending]
+    most = sorted(range(len(pending)), key=lambda at: -(limit * pending[at] % total))
+    for at in most[: limit - sum(shares)]:
         shares[at] += 1
-        left -= 1
-    return {at: positions[at] + share for at, share in shares.items() if share}
+    return shares
 
 
 def _bounded_by_bytes(

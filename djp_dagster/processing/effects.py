@@ -34,6 +34,7 @@ class Mark(NamedTuple):
     deadlines: int
     emits: tuple[int, ...]
     failed: int
+    letters: int
     counts: dict[str, int]
     gauges: dict[str, float]
 
@@ -124,7 +125,14 @@ class Effects:
     def mark(self) -> Mark:
         """A point to come back to with `undo`. Figures are few; they are copied."""
         emitted = tuple([len(emits.events) for emits in self._emits.values()])
-        return Mark(len(self._undo_deadlines), emitted, len(self.failed), self.counts.copy(), self.gauges.copy())
+        return Mark(
+            len(self._undo_deadlines),
+            emitted,
+            len(self.failed),
+            len(self.letters),
+            self.counts.copy(),
+            self.gauges.copy(),
+        )
 
     def undo(self, mark: Mark) -> None:
         """Take back everything emitted, failed, set or counted since ``mark``."""
@@ -137,6 +145,7 @@ class Effects:
             del emits.causes[length:]
         while len(self.failed) > mark.failed:
             self.failed.popitem()
+        del self.letters[mark.letters :]
         self.counts, self.gauges = mark.counts.copy(), mark.gauges.copy()
 
     def encode_emits(self) -> tuple[EncodedBatch, ...]:

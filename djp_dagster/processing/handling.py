@@ -87,8 +87,7 @@ class Handling:
         consumer = self._consumer
         scope = EmitScope(self._stream.incarnation, consumer.group, intent.batch_id)
         effects = Effects(scope, self._emit_topics, consumer.max_emit_bytes, self._payloads)
-        state = TaskState(self._stores.caught_up(intent.tasks[0]).file) if consumer.stateful else None
-        redrive = intent.kind == "redrive"
+        state, redrive = self._state_of(intent), intent.kind == "redrive"
         if intent.command is not None and intent.command.get("kind") == "rebuild":
             ranges = self._history(ranges)
         letters = self._letters_of(intent) if redrive else ()
@@ -119,14 +118,27 @@ class Handling:
                 emits, value = (), None  # the live version has emitted this, and returned it
             changes = state.changes() if state is not None else []
         except StateMismatchError as error:
-            self._stores.restore_later(intent.tasks, str(error))
-            raise HandlerError(error) from error
+            raise self._restored_later(intent, error) from error
         except Exception as error:
             if consumer.retry.judge(error) in ("outage", "fatal"):
                 raise
             raise HandlerError(error) from error
         size = sum(len(letter.raw) for letter in letters) + count.total
         return Attempt(effects, emits, changes, value, letters, size)
+
+    def _state_of(self, intent: Intent) -> TaskState | None:
+        """The state of the batch's task, caught up with its changelog; None for a consumer without."""
+        if not self._consumer.stateful:
+            return None
+        try:
+            return TaskState(self._stores.caught_up(intent.tasks[0]).file)
+        except StateMismatchError as error:
+            raise self._restored_later(intent, error) from error
+
+    def _restored_later(self, intent: Intent, error: StateMismatchError) -> HandlerError:
+        """Nobody's fault, and counted as an attempt: a disk on which it happens again and again is told of."""
+        self._stores.restore_later(intent.tasks, str(error))
+        return HandlerError(error)
 
     def _call(self, batch: Batch, state: TaskState | None) -> Any:
         consumer = self._consumer

@@ -8,7 +8,7 @@ from uuid import uuid4
 from djp_dagster.errors import RedriveFailedError, StateLostError
 from djp_dagster.processing.consumer import Consumer
 from djp_dagster.processing.crash_points import reach
-from djp_dagster.processing.cutting import cut_aligned, cut_ranges, deadlines_within, read_up_to
+from djp_dagster.processing.cutting import cut_aligned, cut_ranges, deadlines_within, divided, read_up_to
 from djp_dagster.processing.processor import Processor
 from djp_dagster.processing.reports import BatchReport
 from djp_dagster.processing.threshold import Threshold
@@ -86,10 +86,21 @@ class Holding:
             return None
         return self._begin(intent)
 
-    def shared(self, bound: Threshold, until: Mapping[TopicPartition, int]) -> Positions:
-        """How far ``bound`` reaches if the leased tasks share it in proportion to what is pending in each."""
-        ranges = cut_ranges(self._log, self._positions, until, bound)
-        return dict(self._positions) | {part.at: part.end for part in ranges}
+    def shares(
+        self, bound: Threshold, sets: Sequence[Sequence[int]], until: Mapping[TopicPartition, int]
+    ) -> list[Threshold]:
+        """What each task set may take of ``bound``: in proportion to what is pending in it, one record at least."""
+        pending = [
+            sum(max(until.get(at, start) - start, 0) for at, start in self._positions.items() if at.partition in tasks)
+            for tasks in sets
+        ]
+        if not any(pending):
+            return [bound] * len(sets)  # for deadlines
+        events, size = (
+            [None] * len(sets) if limit is None else [max(share, 1) for share in divided(limit, pending)]
+            for limit in (bound.max_events, bound.max_bytes)
+        )
+        return [Threshold(events=some, bytes=much) for some, much in zip(events, size, strict=True)]
 
     def _begin(self, intent: Intent) -> BatchReport | None:
         """Write the intent of a new batch down, and do it."""

@@ -183,11 +183,11 @@ class Processor:
         output = self._committer.store_output(intent, attempt.value)
         reach("5.stored")
         commit = self._committer.prepare(lease, intent, attempt, output)
-        self._handling.add_figures(attempt.effects)
         committing = time.perf_counter()
         self._committer.commit(commit)
         reach("6.committed")
         self._committer.apply(commit, attempt.changes)
+        self._handling.add_figures(attempt.effects)
         reach("7.applied")
         finished = time.perf_counter()
         return BatchReport(

@@ -65,7 +65,8 @@ def run_pending(
     Args:
         stream: the stream; topics and group are created when missing.
         consumer: what to do.
-        threshold: only what reaches it, in batches of that size; a remainder stays pending. Everything unless given.
+        threshold: only what reaches it, in batches of that size, which the tasks of a stateful group share; a remainder
+            stays pending. Everything unless given.
         resources: the handler's further parameters.
         state_folder: where local state lies (``$DJP_STATE_FOLDER``, else ``.djp/state``).
         wait: how long to wait for another holder.
@@ -131,9 +132,11 @@ def _cut_while_due(
             return
         # A threshold is the group's. What reaches it is each task's share, not only that of whose turn is first.
         shared = threshold is not None and fired is None and len(sets) > 1
-        ends = holding.shared(bound, until) if shared else until
+        bounds = holding.shares(bound, sets, until) if shared else [bound] * len(sets)
         done = [
-            holding.next_batch(tasks, bound=bound, reason=reason, until=ends) for tasks in sets if not stop.is_set()
+            holding.next_batch(tasks, bound=share, reason=reason, until=until)
+            for tasks, share in zip(sets, bounds, strict=True)
+            if not stop.is_set()
         ]
         if not any(done):
             return

@@ -38,6 +38,9 @@ class SignalledEvent(threading.Event):
         """Wait until it is set, or for ``timeout`` seconds; whether it is set."""
         if not self._told:
             with suppress(Empty):
-                self._wakes.get(timeout=None if timeout is None else max(timeout, 0.0))
-                self._wakes.put(None)  # for the next who waits
+                try:
+                    self._wakes.get(timeout=None if timeout is None else max(timeout, 0.0))
+                finally:
+                    if self.is_set():
+                        self._wakes.put(None)  # for the next who waits
         return self._told

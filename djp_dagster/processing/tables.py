@@ -99,7 +99,7 @@ def _data_columns(records: Sequence[Record], wanted: frozenset[str] | None) -> d
     if any(type(value) is not dict for value in values):
         if all(value is None for value in values):
             return {}
-        return {"data": _array("data", values)}
+        return {"data": _array("data", values)} if wanted is None or "data" in wanted else {}
     names: dict[str, None] = {}
     for value in values:
         if value.keys() - names.keys():
@@ -107,14 +107,15 @@ def _data_columns(records: Sequence[Record], wanted: frozenset[str] | None) -> d
     columns: dict[str, pa.Array[Any]] = {}
     for name in names:
         column = f"data_{name}" if name in EVENT_COLUMNS else name
+        if wanted is not None and column not in wanted:
+            continue
         if column != name and column in names:
             raise TableSchemaError(
                 f"fields {name!r} and {column!r} of data would both become column {column!r}; rename one, or iterate "
                 "over the records",
                 field=name,
             )
-        if wanted is None or column in wanted:
-            columns[column] = _array(name, [value.get(name) for value in values])
+        columns[column] = _array(name, [value.get(name) for value in values])
     return columns
 
 

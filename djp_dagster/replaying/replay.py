@@ -110,13 +110,13 @@ def replay(
 def _run(consumer: Consumer, batch: Batch, resources: Mapping[str, Any]) -> Any:
     if next(batch.chunks(), None) is None:
         return None  # no handler is ever called without records, and few are made for it
-    try:
-        if consumer.isolate == "batch":
-            return consumer.handle(batch, resources)
+    value = None
+    if consumer.isolate == "batch":
+        value = consumer.handle(batch, resources)
+    else:
         handle_each(consumer, batch, resources, None)
-        return None
-    finally:
-        add_figures(batch.effects, resources)
+    add_figures(batch.effects, resources)
+    return value
 
 
 def _require_read(consumer: Consumer, plan: ReplayPlan) -> None:

@@ -37,8 +37,9 @@ class PayloadStoreResource(dg.ConfigurableResource, ABC):  # type: ignore[type-a
         Raises:
             InvalidSettingError: naming the setting.
         """
-        # As text, because settings are lists and mappings; it holds secrets, and stays in memory.
-        return _once(f"{type(self).__name__}:{self.model_dump_json()}", self._open)
+        # As text, because settings are lists and mappings; it holds secrets, and stays in memory. What is not told may
+        # follow from DAGSTER_HOME.
+        return _once(f"{type(self).__name__}:{self.model_dump_json()}:{default_folder().absolute()}", self._open)
 
     @abstractmethod
     def _open(self) -> PayloadStore:

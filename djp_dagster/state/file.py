@@ -9,6 +9,7 @@ beside it. Anything else is `StateMismatchError`, cured by restoring it.
 import contextlib
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -23,7 +24,7 @@ Change = tuple[bytes, bytes | None]
 _SCHEMA_VERSION = 2
 _KEYS_PER_QUERY = 500
 _ROWS_PER_PAGE = 1000
-_PASSING = ("locked", "busy", "full", "disk I/O", "unable to open", "readonly")
+_PASSING = ("locked", "busy", "full", "disk I/O", "unable to open", "readonly", "closed database")
 """What SQLite says of troubles that are not the file's own fault."""
 _SCHEMA = (
     "CREATE TABLE kv (key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
@@ -48,6 +49,8 @@ class StateFile:
 
     def __init__(self, path: Path, lineage: str, label: str) -> None:
         self.path, self.lineage, self._label = path, lineage, label
+        # One connection, and a transaction is its: handlers that run concurrently take turns.
+        self._turn = threading.RLock()
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._translated():
             self._db = self._open()
@@ -62,7 +65,12 @@ class StateFile:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Damage is a mismatch, cured by restoring; anything else about the file may pass."""
+        """One thread at a time. Damage is a mismatch, cured by restoring; anything else about the file may pass."""
+        with self._turn, self._told():
+            yield
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: damaged text inside the message
@@ -75,11 +83,9 @@ class StateFile:
 
     def mismatch(self, why: str, *, moved: bool = False) -> StateMismatchError:
         """The error that says that this file does not continue its changelog; or was ``moved`` on by somebody else."""
-        error = StateMismatchError(
+        return StateMismatchError(
             f"local state {str(self.path)!r} does not continue {self._label}: {why}", path=str(self.path), moved=moved
         )
-        error.transient = True  # restoring cures it: no record is to blame
-        return error
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30.0)
@@ -172,17 +178,18 @@ class StateFile:
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
-        """Within the block every look sees the file as of one moment, whoever changes it."""
-        if self._db.in_transaction:  # pinned already
-            yield
-            return
-        with self._translated():
-            self._db.execute("BEGIN")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
+        """Within the block every look sees the file as of one moment, whoever changes it; other threads wait."""
+        with self._turn:
+            if self._db.in_transaction:  # pinned already, by this thread
+                yield
+                return
+            with self._translated():
+                self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key.
@@ -276,7 +283,8 @@ class StateFile:
 
     def close(self) -> None:
         """Release the file."""
-        self._db.close()
+        with self._turn:
+            self._db.close()
 
     def _unsealed(self, key: bytes, sealed: Any) -> bytes:
         if type(key) is bytes and type(sealed) is bytes and _sealed(key, sealed[:-4])[-4:] == sealed[-4:]:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from tempfile import gettempdir
 
+from djp_dagster.errors import InvalidSettingError
+
 _log = logging.getLogger(__name__)
 URL_VARIABLE = "DJP_STREAM_URL"
 _TEMPORARY_HOME = ".tmp_dagster_home_"
@@ -24,10 +26,20 @@ def default_url() -> str:
 
 
 def prepared_default_url() -> str:
-    """The same, and its folder is made; says so where that is no lasting one of Dagster's."""
+    """The same, and its folder is made; says so where that is no lasting one of Dagster's.
+
+    Raises:
+        InvalidSettingError: DAGSTER_HOME names no folder: a misspelt one would be a stream that nobody else finds.
+    """
     if not os.environ.get(URL_VARIABLE):
         folder = default_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_absolute() and not folder.parent.is_dir():
+            raise InvalidSettingError(
+                f"DAGSTER_HOME={str(folder.parent)!r} names no folder; correct it, or make the folder",
+                setting="DAGSTER_HOME",
+                value=str(folder.parent),
+            )
+        folder.mkdir(exist_ok=True)
         if not folder.is_absolute():
             _log.warning("DAGSTER_HOME names no lasting folder: the stream lies in %s", folder.resolve())
     return default_url()

@@ -37,7 +37,7 @@ class Rules:
     optional: frozenset[str] = frozenset()
     counts: dict[str, int] = field(default_factory=dict)
     duplicates: str = "first"
-    late: str = "drop"
+    late: str | None = None
     remember: float = inf
     fails: Callable[[Key], bool] = lambda key: False
 
@@ -100,8 +100,8 @@ class _Task:
             self.outcome.letters.update((*record[1:4], error) for record in records)
         self.done[key] = (status, since)
 
-    def is_late(self, record: Seen) -> None:
-        if self.rules.late == "dead_letter":
+    def is_late(self, record: Seen, *, given_up: bool) -> None:
+        if self.rules.late == "dead_letter" or (self.rules.late is None and given_up):
             self.outcome.letters.update([(*record[1:4], "LatePartError")])
         elif self.rules.late == "topic":
             self.outcome.late[self.partition].append(record.id)
@@ -109,18 +109,18 @@ class _Task:
     def take(self, record: Seen) -> None:
         key, rules = record.key, self.rules
         if key in self.done and record.stamp <= self.done[key][1] + rules.remember:
-            self.is_late(record)
+            self.is_late(record, given_up=self.done[key][0] != "completed")
             return
         at = record.time if rules.by_event_time else record.stamp
         due, parts = self.open.get(key, (inf, {}))
         if at > due:
-            self.is_late(record)
+            self.is_late(record, given_up=not rules.partial)
             return
         due = min(due, inf if rules.deadline is None else at + rules.deadline)
         for part, found in list(parts.items()):
             for late in [one for one in found if rules.by_event_time and one.time > due]:
                 found.remove(late)
-                self.is_late(late)
+                self.is_late(late, given_up=not rules.partial)
             if not found:
                 del parts[part]
         self.open[key] = (due, parts)

@@ -95,7 +95,7 @@ class TestAppendTime:
         clock.advance({"at once": 0, "an hour": HOUR, "a year": 8760 * HOUR}[after])
         worker(stream, join, tmp_path)
         assert completed(stream) == {"x": ["a", "b", "c"]}
-        assert errors(stream) == {"JoinIncompleteError": 2}
+        assert errors(stream) == {"JoinIncompleteError": 2, "LatePartError": 1}
         assert statuses(stream, tmp_path) == {"x": "completed", "y": "expired"}
 
     def test_it_passes_right_after_a_downtime(self, stream: EventStream, clock: Clock, tmp_path: Path) -> None:

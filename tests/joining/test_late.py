@@ -29,10 +29,10 @@ ENDS = pytest.mark.parametrize(("end", "status"), [(complete, "completed"), (exp
 
 
 @ENDS
-@pytest.mark.parametrize("late", ["drop", "dead_letter", "topic"])
+@pytest.mark.parametrize("late", [None, "drop", "dead_letter", "topic"])
 @pytest.mark.parametrize("at_once", [False, True])
 def test_it_goes_where_it_should(
-    stream: EventStream, clock: Clock, tmp_path: Path, end: Any, status: str, late: str, at_once: bool
+    stream: EventStream, clock: Clock, tmp_path: Path, end: Any, status: str, late: str | None, at_once: bool
 ) -> None:
     join = joined([A, B], deadline="1h", late=LATE if late == "topic" else late)
     join.register(stream)
@@ -45,8 +45,9 @@ def test_it_goes_where_it_should(
     assert sum(one.counts.get("late_parts", 0) for one in done) == 1
     assert [record.event() for record in all_records(stream, LATE)] == ([late_event] if late == "topic" else [])
     expected = {"JoinIncompleteError": 1} if status == "expired" else {}
-    assert errors(stream) == expected | ({"LatePartError": 1} if late == "dead_letter" else {})
-    if late == "dead_letter":
+    kept = late == "dead_letter" or (late is None and status == "expired")
+    assert errors(stream) == expected | ({"LatePartError": 1} if kept else {})
+    if kept:
         found = [letter.error for letter in stream.dead_letters("j") if letter.error_type == "LatePartError"]
         assert found == [f"key 'x' was {status} before it came"]
     assert statuses(stream, tmp_path) == {"x": status}

@@ -66,7 +66,7 @@ def rules_from(chance: random.Random) -> Rules:
         optional=frozenset(chance.sample(["b", "c"], chance.randint(0, 2))) if deadline else frozenset(),
         counts={"b": chance.randint(2, 3)} if many else {},
         duplicates=chance.choice(["first", "last", "all"]),
-        late=chance.choice(["drop", "dead_letter", "topic"]),
+        late=chance.choice([None, "drop", "dead_letter", "topic"]),
         remember=chance.choice([float("inf"), float("inf"), 1, 20 * SECOND]),
         fails=(lambda key: str(key).endswith("3")) if chance.random() < 0.3 else (lambda key: False),
     )

@@ -12,10 +12,12 @@ from djp_dagster import (
     Batch,
     BatchReport,
     EventStream,
+    Joined,
     SnapshotPolicy,
     Threshold,
     Topic,
     consumer,
+    join,
     run_pending,
     testing,
 )
@@ -155,6 +157,24 @@ class TestThreshold:
         stream.publish(topic, [topic.event(k=0, n=1199)])
         run()
         assert sorted(seen) == list(range(1200))
+
+    @pytest.mark.parametrize("events", [1, 8, 100])
+    def test_a_join_shares_it_and_never_stands_still(
+        self, stream: EventStream, seed: random.Random, clock: Clock, tmp_path: Path, events: int
+    ) -> None:
+        """However unevenly it is spread over inputs and partitions, less than the threshold is left."""
+        inputs = {name: Topic(name, partitions=3, key="k") for name in ("few", "some", "many")}
+
+        @join(inputs=inputs, key="k")
+        def meet(parts: Joined) -> None: ...
+
+        meet.register(stream)
+        for name, count in (("few", 3), ("some", 40), ("many", 300)):
+            for n in range(count):
+                clock.advance(0.001)
+                stream.publish(inputs[name], [inputs[name].event(k=seed.randrange(30), n=n)])
+        run_pending(stream, meet, threshold=Threshold(events=events), state_folder=tmp_path)
+        assert stream.pending("meet").events < events
 
     def test_a_due_deadline_waits_for_no_threshold(self, stream: EventStream, clock: Clock) -> None:
         fired: list[str] = []

@@ -149,6 +149,17 @@ class TestArrowBatches:
             {"offset": 2, "a": None, "absent": None},
         ]
 
+    def test_what_is_not_in_it_need_fit_no_column(self) -> None:
+        schema = pa.schema([("offset", pa.int64()), ("a", pa.int64())])
+
+        def pieces(batch: Batch) -> list[pa.RecordBatch]:
+            return list(batch.arrow_batches(schema=schema))
+
+        mixed = [NUMBERS.event(a=1, mixed=1, topic="x", data_topic="y"), NUMBERS.event(a=2, mixed="text")]
+        assert [piece.column("a").to_pylist() for piece in look(mixed, pieces)] == [[1, 2]]
+        no_objects = [Event(type="t", source="/s", data=data) for data in (1, "text")]
+        assert [piece.column("offset").to_pylist() for piece in look(no_objects, pieces)] == [[0, 1]]
+
     def test_they_read_piece_by_piece(self) -> None:
         topic = Topic("numbers")
 

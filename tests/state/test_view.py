@@ -16,6 +16,7 @@ import pytest
 from djp_dagster import (
     Batch,
     EventStream,
+    Record,
     SnapshotPolicy,
     StateView,
     Table,
@@ -452,6 +453,26 @@ class TestInHandlers:
             run_pending(stream, look, state_folder=tmp_path)
         assert caught.value.facts["value"] == "current_prices"
         assert (stream.positions("look"), stream.dead_letters("look")) == ({at(NUMBERS): 0}, [])
+
+    def test_handlers_that_run_concurrently_share_it(self, stream: EventStream, tmp_path: Path) -> None:
+        """Whole scans, single looks and moments pinned by many threads: all right, and nothing taken for damage."""
+        prices = {f"item-{n}": n for n in range(3000)}
+        fill(stream, PRICES, [PRICES.event(item=item, price=price) for item, price in prices.items()])
+        run_pending(stream, TABLE, state_folder=tmp_path)
+        wrong: list[int] = []
+
+        @consumer(topic=NUMBERS, tables=[TABLE], isolate="per_event", concurrency=8)
+        def look(record: Record, batch: Batch) -> None:
+            view = batch.table(TABLE)
+            with view.pinned():
+                right = dict(view.items()) == prices
+            right &= view.get_many(list(prices)[::7]) == dict(list(prices.items())[::7])
+            if not right or dict(view.items()) != prices:
+                wrong.append(record.data["n"])
+
+        fill(stream, NUMBERS, numbers(60))
+        (report,) = run_pending(stream, look, state_folder=tmp_path).batches
+        assert (report.attempt, report.dead_letters, wrong) == (1, 0, [])
 
     def test_in_the_test_kit(self) -> None:
         updates = [PRICES.event(item="a", price=1), PRICES.event(item="b", price=2), PRICES.event(item="a", price=3)]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import djp_dagster as djp
+from djp_dagster.errors import InvalidSettingError
 
 T = djp.Topic("t")
 
@@ -37,10 +38,19 @@ def counted_by_dagster() -> int:
 def test_publishers_and_dagster_find_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str, file: str
 ) -> None:
+    (tmp_path / "home").mkdir()
     monkeypatch.setenv(variable, value if "://" in value else str(tmp_path / value))
     publish_one()
     assert (tmp_path / file).exists()
     assert counted_by_dagster() == 1
+
+
+def test_a_misspelt_home_is_refused_and_not_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "hmoe"))
+    for opens in (publish_one, counted_by_dagster):
+        with pytest.raises(InvalidSettingError, match="hmoe' names no folder"):
+            opens()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_home_it_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

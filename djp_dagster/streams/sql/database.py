@@ -319,7 +319,9 @@ class Database:
             raise StreamNotWritableError(
                 f"stream {self.label}: {str(self.path)!r} is no regular file; name a file", stream=self.label
             )
-        if _is_something_else(self.path):
+        with self._translated():
+            is_something_else = _is_something_else(self.path)
+        if is_something_else:
             raise StreamFormatError(
                 f"stream {self.label}: {str(self.path)!r} is not a stream file; choose another path",
                 stream=self.label,
