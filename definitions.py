@@ -31,7 +31,7 @@ shop: list[dg.Definitions] = []  # each section adds its own
 # 1. Streaming: react to each click, to each order.
 #    A resident worker is milliseconds behind; a run for each micro-batch is seconds behind, and costs nothing between.
 
-clicks = djp.Topic("clicks", partitions=4, key="user_id", retention="1d")
+clicks = djp.Topic("clicks", partitions=4, key="user_id", retention="3d")  # a day is replayed after it is over
 orders = djp.Topic("orders", partitions=4, key="user_id", retention="7d")
 suggestions = djp.Topic("suggestions", partitions=4, key="user_id", retention="1d")
 fraud_alerts = djp.Topic("fraud_alerts", key="user_id")
@@ -145,7 +145,7 @@ def dashboard(batch: djp.Batch) -> pd.DataFrame:
     return pd.DataFrame(sorted(views.items()), columns=["product_id", "views"])
 
 
-yesterday = datetime.now(timezone.utc) - timedelta(days=1)
+yesterday = datetime.now(timezone.utc) - timedelta(days=1)  # in earnest, a fixed date
 
 daily_dashboard = djp.build_replay_asset(
     dashboard,
@@ -202,8 +202,7 @@ products = djp.Topic("products", partitions=2, key="product_id")
 @djp.join(
     inputs={"facts": product_facts, "video": product_videos, "images": product_images},
     key="product_id",
-    deadline="1min",  # then what is there becomes dead letters, and so does what comes later still:
-    late="dead_letter",  # to be redriven together, once all is there
+    deadline="1min",  # then the parts become dead letters, to be redriven together once all are there
     emits=[products],
 )
 def create_product(parts: djp.Joined) -> None:

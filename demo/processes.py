@@ -23,7 +23,7 @@ class Child:
         environment: its environment.
         folder: where it runs.
         log: where its output goes, after what is there.
-        inherits: a file it keeps open.
+        inherits: files it keeps open.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Child:
         environment: Mapping[str, str],
         folder: Path,
         log: Path,
-        inherits: int,
+        inherits: Sequence[int],
     ) -> None:
         self.name, self.log = name, log
         with log.open("ab") as output:
@@ -46,7 +46,7 @@ class Child:
                 cwd=folder,
                 env=dict(environment),
                 start_new_session=True,
-                pass_fds=[inherits],
+                pass_fds=inherits,
             )
 
     @property

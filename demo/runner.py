@@ -65,7 +65,9 @@ class Shop:
         self._home, self._settings, self._wish = home, traffic, wish
         self._port = port or _free_port(_FIRST_PORT)
         self.ui = Ui(f"http://127.0.0.1:{self._port}")
-        self._service_port = _free_port(_FIRST_SERVICE_PORT)
+        # It listens already, and the service goes on with that: nobody else can take the port meanwhile.
+        self._service = _listening(_FIRST_SERVICE_PORT)
+        self._service_url = f"http://127.0.0.1:{self._service.getsockname()[1]}"
         self._children: dict[str, Child] = {}
 
     def __enter__(self) -> "Shop":
@@ -77,6 +79,7 @@ class Shop:
         if any(child.members() for child in self._children.values()):
             click.echo("Stopping ... (Ctrl-C again kills)")
         self.stop()
+        self._service.close()
 
     def start(self) -> bool:
         """Start everything; whether it is up, or somebody wished it to end meanwhile.
@@ -88,7 +91,10 @@ class Shop:
         began = time.time()
         workspace = ["-w", str(REPOSITORY / "workspace.yaml")]
         self._start("webserver", [_script("dagster-webserver"), *workspace, "-h", "127.0.0.1", "-p", str(self._port)])
-        self._start("users", [sys.executable, "-m", "demo.user_service", "--port", str(self._service_port)])
+        with self._service as service:
+            listening = service.fileno()
+            command = [sys.executable, "-m", "demo.user_service", "--listening", str(listening)]
+            self._start("users", command, listening)
         self._start("daemon", [_script("dagster-daemon"), "run", *workspace])
         self._start("traffic", [sys.executable, "-m", "demo.traffic", *as_options(self._settings)])
         # Whoever kills us leaves these groups; they keep the lock, and what has started is told how to be rid of them.
@@ -109,17 +115,17 @@ class Shop:
             click.echo(f"  not seen yet; {self.ui.url}/automation may show why")
         return not self._wish.is_set()
 
-    def _start(self, name: str, command: Sequence[str]) -> None:
+    def _start(self, name: str, command: Sequence[str], *inherits: int) -> None:
         self._children[name] = Child(
             name,
             command,
             environment={
                 **self._home.environment(),
-                "USER_SERVICE_URL": f"http://127.0.0.1:{self._service_port}",
+                "USER_SERVICE_URL": self._service_url,
             },
             folder=REPOSITORY,
             log=self._home.logs / f"{name}.log",
-            inherits=self._home.lock,
+            inherits=[self._home.lock, *inherits],
         )
 
     def _wait(self, what: str, condition: Callable[[], bool], seconds: float) -> bool:
@@ -213,12 +219,15 @@ def _script(name: str) -> str:
 
 
 def _free_port(first: int) -> int:
+    with _listening(first) as found:
+        return int(found.getsockname()[1])
+
+
+def _listening(first: int) -> socket.socket:
+    """A socket that listens on the first free port."""
     for port in range(first, first + _PORTS):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        try:
+            return socket.create_server(("127.0.0.1", port))
+        except OSError:
+            continue
     raise DemoError(f"no port from {first} to {first + _PORTS - 1} is free; give one with --port")

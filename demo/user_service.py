@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -57,8 +58,8 @@ class Addresses:
                 click.echo(f"waiting for the stream: {error}", err=True)
 
 
-def server(addresses: Addresses, port: int) -> ThreadingHTTPServer:
-    """The service on 127.0.0.1; 0 is any free port."""
+def server(addresses: Addresses, listening: socket.socket) -> ThreadingHTTPServer:
+    """The service on a socket that listens already."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -89,12 +90,15 @@ def server(addresses: Addresses, port: int) -> ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             """Requests are not worth a line each."""
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    made = ThreadingHTTPServer(listening.getsockname(), Handler, bind_and_activate=False)
+    made.socket.close()
+    made.socket, (_, made.server_port) = listening, listening.getsockname()
+    return made
 
 
 @click.command(help="Answer who asks for users of the shop, until stopped.")
-@click.option("--port", type=int, required=True)
-def main(port: int) -> None:
+@click.option("--listening", type=int, required=True, help="The number of an inherited socket.")
+def main(listening: int) -> None:
     """Run until SIGINT or SIGTERM."""
     stop = SignalledEvent()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -102,7 +106,7 @@ def main(port: int) -> None:
     with djp.SqlEventStream().open() as stream:
         addresses = Addresses(stream)
         addresses.look()
-        service = server(addresses, port)
+        service = server(addresses, socket.socket(fileno=listening))
         threading.Thread(target=service.serve_forever, daemon=True).start()
         click.echo(f"serving users on port {service.server_port}, process {os.getpid()}")
         addresses.follow(stop)

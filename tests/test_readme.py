@@ -32,9 +32,17 @@ def test_every_block_runs_and_every_pattern_loads_in_dagster(tmp_path: Path, mon
         exec(compile(block, f"README.md: {heading}", "exec"), names)
     loaded = [value for value in names.values() if isinstance(value, dg.Definitions)]
     assert len(loaded) == len(PATTERNS)
-    stream = {"event_stream": names["djp"].SqlEventStream(url=f"sqlite:///{tmp_path / 'stream.db'}")}  # type: ignore[attr-defined]
     for definitions in loaded:
-        dg.Definitions.validate_loadable(dg.Definitions.merge(definitions, dg.Definitions(resources=stream)))
+        given = definitions.resources or {}
+        dg.Definitions.validate_loadable(
+            definitions if "event_stream" in given else dg.Definitions.merge(definitions, stream_of(loaded[0]))
+        )
+
+
+def stream_of(definitions: dg.Definitions) -> dg.Definitions:
+    """The stream that the first block brings, for all of them."""
+    assert definitions.resources is not None
+    return dg.Definitions(resources={"event_stream": definitions.resources["event_stream"]})
 
 
 def test_its_links_lead_to_files_and_headings() -> None:

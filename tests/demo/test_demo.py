@@ -25,6 +25,7 @@ from tests.servers.seaweedfs import SeaweedServer
 
 pytestmark = [
     pytest.mark.daemon,
+    pytest.mark.xdist_group("demo"),  # a shop takes all that two cores have
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by their environment in /proc"),
 ]
 PATIENCE_S = 240.0

@@ -1,6 +1,7 @@
 """The user service of the shop, and the mailers that know addresses from it, or from a table of their own."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def addresses(stream: djp.EventStream) -> Addresses:
 @pytest.fixture
 def users(addresses: Addresses) -> Iterator[djp.HttpLookup]:
     """Look-ups of the real service."""
-    service = server(addresses, 0)
+    service = server(addresses, socket.create_server(("127.0.0.1", 0)))
     thread = threading.Thread(target=service.serve_forever)
     thread.start()
     lookup = djp.HttpLookup(
