@@ -87,7 +87,7 @@ def test_a_sensor_is_switched_off_and_on(visitor: Visitor, ui: DagsterUi, stream
 
     visitor.flip(switch)
     expect(switch).not_to_be_checked()
-    ui.wait_for(lambda: not ui.automations()[sensor.name].on, f"{sensor.name} to be off", patience_s=30.0)
+    ui.wait_for(lambda: not ui.automations()[sensor.name].on, f"{sensor.name} to be off", patience_s=120.0)
     next_tick(ui, metronome)  # one of the sensor's may have been under way
     before = newest_tick(ui, sensor)
     publish_orders(stream, 10)
@@ -107,7 +107,7 @@ def test_a_sensor_is_switched_off_and_on(visitor: Visitor, ui: DagsterUi, stream
     visitor.keep("daemons")
     visitor.open(f"/locations/shop/sensors/{sensor.name}")
     visitor.flip(visitor.switch())  # what comes next publishes orders, too
-    ui.wait_for(lambda: not ui.automations()[sensor.name].on, f"{sensor.name} to be off", patience_s=30.0)
+    ui.wait_for(lambda: not ui.automations()[sensor.name].on, f"{sensor.name} to be off", patience_s=120.0)
     assert visitor.errors == []
 
 
@@ -158,7 +158,7 @@ def test_a_schedule_is_switched_on_and_off(visitor: Visitor, ui: DagsterUi) -> N
     visitor.keep("schedule_on")
     visitor.flip(switch)
     expect(switch).not_to_be_checked()
-    ui.wait_for(lambda: not ui.automations()[schedule.name].on, f"{schedule.name} to be off", patience_s=30.0)
+    ui.wait_for(lambda: not ui.automations()[schedule.name].on, f"{schedule.name} to be off", patience_s=120.0)
     assert visitor.errors == []
 
 
@@ -201,7 +201,7 @@ def test_the_lineage_leads_from_group_to_group_and_from_topic_to_consumer_to_top
 
 def wait_for_edges(visitor: Visitor, ui: DagsterUi, expected: set[tuple[str, str]]) -> None:
     with suppress(AssertionError):  # what is missing says more
-        ui.wait_for(lambda: expected <= visitor.drawn_edges(), "the lines of the lineage", patience_s=30.0)
+        ui.wait_for(lambda: expected <= visitor.drawn_edges(), "the lines of the lineage", patience_s=120.0)
 
 
 def groups_of_assets() -> dict[tuple[str, ...], str]:

@@ -20,6 +20,7 @@ import djp_dagster as djp
 from definitions import order_files, product_uploads
 from demo.home import REPOSITORY
 from demo.traffic import TOPICS
+from tests.servers.ports import free_port
 from tests.servers.s3_server import REGION
 from tests.servers.seaweedfs import SeaweedServer
 
@@ -82,7 +83,8 @@ class Demo:
 
     @staticmethod
     def _command(*options: str) -> list[str]:
-        return [sys.executable, "-m", "demo", *options]
+        # Its own first choice is free until it is taken, and other tests run meanwhile.
+        return [sys.executable, "-m", "demo", "--port", str(free_port()), *options]
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "DEMO_HOME": str(self.home)}
