@@ -27,12 +27,12 @@ class SignalledEvent(threading.Event):
         self._wakes.put(None)
 
     def clear(self) -> None:
-        """It stays set: who has been told to stop has been told.
+        """Refused: who has been told to stop has been told.
 
         Raises:
-            NotImplementedError: always.
+            RuntimeError: always.
         """
-        raise NotImplementedError
+        raise RuntimeError("an event that a signal sets stays set; make another one")
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is set, or for ``timeout`` seconds; whether it is set."""
